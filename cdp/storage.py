@@ -123,7 +123,7 @@ def zero_range(fd: int, offset: int, length: int) -> None:
 
 def data_extents(fd: int, offset: int, end: int) -> list[tuple[int, int]]:
     """The (offset, length) parts of [offset, end) that may hold data; the rest are holes. Clipped to the range."""
-    found = []
+    found: list[tuple[int, int]] = []
     while offset < end:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)

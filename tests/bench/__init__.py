@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.bench`. Commands, never timed tests."""
