@@ -1,0 +1,336 @@
+"""The configuration: `cdp.toml`, read with tomllib, checked by pydantic, every default with its reason.
+
+Promises: an unknown key is refused by its name and with the nearest known one; a size or a duration carries its
+unit; a relative path is taken from the folder of the configuration file, so that a tree can be moved; whoever holds
+a `Config` need not check anything again. Every failure is a ConfigError (exit code 2) that names file and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qs, quote, urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from cdp.errors import ConfigError
+
+# Names are those of bookmarks: they stand in export names, file names and command lines without quoting.
+NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9._-]{0,63}"
+# The words of point expressions; a volume or a group with such a name could not be told from them.
+RESERVED_NAMES = frozenset({"now", "seq", "barrier"})
+# The file is small; more than this is not a configuration.
+MAX_FILE_BYTES = 1 << 20
+# Every group has its own journal, replica thread and index: some 10 MiB and a few descriptors each.
+MAX_GROUPS = 16
+# Volumes of a group share one journal stream and one intent map.
+MAX_VOLUMES_IN_GROUP = 64
+# Addresses are for networks and sockets of one machine.
+MAX_ADDRESSES = 8
+# sun_path of a unix socket address has 108 bytes, the last one zero.
+MAX_SOCKET_PATH_BYTES = 107
+# Above this, file offsets and NBD tools begin to differ; no disk is near.
+MAX_VOLUME_BYTES = 1 << 52
+# A sector: what a guest's disk is made of.
+SECTOR_BYTES = 512
+
+_SIZE_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGTP", 1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+_SIZE_UNITS["kB"] = 1000
+_DURATION_UNITS_NS = {
+    "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9, "w": 7 * 86400 * 10**9,
+}  # fmt: skip
+
+
+def parse_size(value: object) -> int:
+    """Bytes from `64MiB`, `1.5GiB`, `10GB` or a plain number of bytes. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,18})(?:\.(\d{1,6}))?\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match is None or match[3] not in _SIZE_UNITS:
+        raise ValueError(f"{value!r} is no size; write it like 512B, 64MiB, 10GiB or 1TiB")
+    return _exact(match[1], match[2], _SIZE_UNITS[match[3]], value)
+
+
+def parse_duration_ns(value: object) -> int:
+    """Nanoseconds from `500ms`, `90s`, `10m`, `24h`, `7d` or `2w`. Raises ValueError (also without a unit)."""
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\.(\d{1,6}))?\s*(ms|s|m|h|d|w)\s*", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is no duration; write it with its unit, like 90s, 10m, 24h or 7d")
+    return _exact(match[1], match[2], _DURATION_UNITS_NS[match[3]], value)
+
+
+def _exact(whole: str, fraction: str | None, unit: int, value: object) -> int:
+    fraction = fraction or ""
+    scale: int = 10 ** len(fraction)
+    number, rest = divmod(int(whole + fraction) * unit, scale)
+    if rest:
+        raise ValueError(f"{value!r} is not a whole number of its smallest unit")
+    return number
+
+
+def format_size(number: int) -> str:
+    """The shortest text that `parse_size` reads as the same number."""
+    for unit in ("PiB", "TiB", "GiB", "MiB", "KiB"):
+        if number and number % _SIZE_UNITS[unit] == 0:
+            return f"{number // _SIZE_UNITS[unit]}{unit}"
+    return f"{number}B"
+
+
+def format_duration(number_ns: int) -> str:
+    """The shortest text that `parse_duration_ns` reads as the same number (whole milliseconds)."""
+    for unit in ("d", "h", "m", "s"):
+        if number_ns and number_ns % _DURATION_UNITS_NS[unit] == 0:
+            return f"{number_ns // _DURATION_UNITS_NS[unit]}{unit}"
+    return f"{number_ns // 10**6}ms"
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(NAME_PATTERN, value):
+        raise ValueError(f"{value!r} is no name: a letter or _, then up to 63 letters, digits, '.', '_' or '-'")
+    if value in RESERVED_NAMES:
+        raise ValueError(f"the name {value!r} is a word of point expressions; choose another one")
+    return value
+
+
+def _absolute(path: str, info: ValidationInfo) -> str:
+    if not path or "\0" in path:
+        raise ValueError("the path is empty")
+    return os.path.normpath(os.path.join((info.context or {}).get("folder", os.getcwd()), path))
+
+
+def _path(value: object, info: ValidationInfo) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no path")
+    return _absolute(value, info)
+
+
+def _address(value: object, info: ValidationInfo) -> str:
+    kind, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind == "unix" and rest:
+        path = _absolute(rest, info)
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            raise ValueError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
+        return f"unix:{path}"
+    host, colon, port = rest.rpartition(":")
+    if kind == "tcp" and host and colon and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
+        return f"tcp:{host}:{int(port)}"
+    raise ValueError(f'{value!r} is no address; write "unix:/path/to.sock" or "tcp:127.0.0.1:10809"')
+
+
+def _primary(value: object, info: ValidationInfo) -> str:
+    text = value if isinstance(value, str) else ""
+    if text == "none":
+        return text
+    if text.startswith("file:") and text != "file:":
+        return "file:" + _absolute(text.removeprefix("file:"), info)
+    url = urlsplit(text)
+    if url.scheme == "nbd" and url.hostname:
+        return text
+    sockets = parse_qs(url.query).get("socket", [])
+    if url.scheme == "nbd+unix" and not url.netloc and len(sockets) == 1:
+        return f"nbd+unix:///{url.path.lstrip('/')}?socket={quote(_absolute(sockets[0], info))}"
+    raise ValueError(
+        f'{value!r} is no primary; write "file:/path", "nbd://host:port/export", '
+        '"nbd+unix:///export?socket=/path" or "none"'
+    )
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[int, BeforeValidator(parse_duration_ns)]
+Name = Annotated[str, BeforeValidator(_name)]
+Path = Annotated[str, BeforeValidator(_path)]
+Address = Annotated[str, BeforeValidator(_address)]
+Primary = Annotated[str, BeforeValidator(_primary)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Appliance(_Section):
+    """`[appliance]`"""
+
+    state_dir: Path = Field(default="/var/lib/cdp", description="journal, replicas and history; where services keep state")
+
+
+class Collector(_Section):
+    """`[collector]`"""
+
+    listen: list[Address] = Field(
+        default=["unix:/run/cdp/collector.sock", "tcp:127.0.0.1:10809"],
+        description="where production connects; 10809 is the NBD port, on loopback because NBD has no password",
+        min_length=1, max_length=MAX_ADDRESSES,
+    )  # fmt: skip
+
+
+class Replayer(_Section):
+    """`[replayer]`"""
+
+    listen: list[Address] = Field(
+        default=["unix:/run/cdp/replayer.sock", "tcp:127.0.0.1:10810"],
+        description="where past states are read; loopback, as they hold the same data as production",
+        min_length=1, max_length=MAX_ADDRESSES,
+    )  # fmt: skip
+
+
+class Journal(_Section):
+    """`[journal]`"""
+
+    kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files here: nothing else to run")
+    segment_size: Size = Field(
+        default=64 << 20, description="big enough for long sequential writes, small enough to be freed soon",
+        ge=1 << 20, le=4 << 30,
+    )  # fmt: skip
+    max_size: Size = Field(
+        default=20 << 30, description="of each group; some hours of a busy volume while the replayer is away", ge=8 << 20
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Journal:
+        if self.kind == "kafka":
+            raise ValueError('kind = "kafka" is not in this version; use "embedded"')
+        if self.max_size < 4 * self.segment_size:
+            raise ValueError("max_size must hold at least four segments of segment_size")
+        return self
+
+
+class Volume(_Section):
+    """`[[group.volume]]`"""
+
+    name: Name = Field(description="its export name on both servers")
+    primary: Primary = Field(description="where production data lives")
+    size: Size = Field(description="bytes, whole sectors", ge=4096, le=MAX_VOLUME_BYTES, multiple_of=SECTOR_BYTES)
+
+
+class Group(_Section):
+    """`[[group]]`"""
+
+    name: Name = Field(description="of its journal, for bookmarks and rollbacks of all its volumes")
+    window: Duration | None = Field(default=None, description="24h unless window_size is given: a day to notice a mistake")
+    window_size: Size | None = Field(default=None, description="no limit: history is kept by time alone", ge=64 << 20)
+    ack: Literal["local", "replicated"] = Field(default="local", description="nothing behind the journal slows production")
+    max_lag: Duration = Field(default=60 * 10**9, description="a replayer that is a minute behind wants a look", gt=0)
+    volumes: list[Volume] = Field(alias="volume", min_length=1, max_length=MAX_VOLUMES_IN_GROUP)
+
+    @property
+    def window_ns(self) -> int | None:
+        """Age up to which points are kept; None: by size alone."""
+        return self.window if self.window is not None or self.window_size is not None else 86400 * 10**9
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        if self.ack == "replicated":
+            raise ValueError('ack = "replicated" needs a journal with a remote carrier; use "local"')
+        if self.window == 0:
+            raise ValueError("window must be longer than nothing")
+        return self
+
+
+class Config(_Section):
+    """The whole file. `path` is where it was read from."""
+
+    appliance: Appliance = Appliance()
+    collector: Collector = Collector()
+    replayer: Replayer = Replayer()
+    journal: Journal = Journal()
+    groups: list[Group] = Field(alias="group", min_length=1, max_length=MAX_GROUPS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        names: set[str] = set()
+        for name in self._names():
+            if name in names:
+                raise ValueError(f"the name {name!r} is given twice; volumes and groups share one namespace")
+            names.add(name)
+        primaries: set[str] = set()
+        for _, volume in self.volumes():
+            if volume.primary in primaries:
+                raise ValueError(f"the primary {volume.primary} is given to two volumes")
+            primaries.update({volume.primary} - {"none"})
+        listen = [*self.collector.listen, *self.replayer.listen]
+        twice = next((a for i, a in enumerate(listen) if a in listen[:i] and not a.endswith(":0")), None)
+        if twice:
+            raise ValueError(f"the address {twice} is given twice")
+        return self
+
+    def _names(self) -> Iterator[str]:
+        for group in self.groups:
+            yield group.name
+            yield from (volume.name for volume in group.volumes)
+
+    def volumes(self) -> Iterator[tuple[Group, Volume]]:
+        """Every volume with its group."""
+        for group in self.groups:
+            for volume in group.volumes:
+                yield group, volume
+
+
+def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> str:
+    """The path of the configuration: `--config`, $CDP_CONFIG, ./cdp.toml, /etc/cdp/cdp.toml. Raises ConfigError."""
+    named = explicit or environ.get("CDP_CONFIG")
+    if named:
+        return os.path.abspath(named)
+    for path in ("cdp.toml", "/etc/cdp/cdp.toml"):
+        if os.path.exists(path):
+            return os.path.abspath(path)
+    raise ConfigError(
+        "There is no configuration: neither ./cdp.toml nor /etc/cdp/cdp.toml exists.",
+        "Write one with `cdp init`, or name yours with --config or $CDP_CONFIG.",
+    )
+
+
+def load(path: str) -> Config:
+    """Reads and checks one file. Raises ConfigError."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(MAX_FILE_BYTES + 1)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}.", "Write one with `cdp init`.") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {format_size(MAX_FILE_BYTES)}.", "Is it a configuration?")
+    try:
+        content = tomllib.loads(raw.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}.", "Correct the file.") from None
+    return parse(content, os.path.dirname(os.path.abspath(path)), path)
+
+
+def parse(content: dict[str, Any], folder: str, path: str = "configuration") -> Config:
+    """Checks decoded TOML; relative paths are taken from `folder`. Raises ConfigError."""
+    try:
+        return Config.model_validate(content, context={"folder": folder})
+    except ValidationError as e:
+        errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
+        more = f" {len(errors) - 1} more after it." if len(errors) > 1 else ""
+        raise ConfigError(f"{path}: {_explain(errors[0])}.", f"Correct the file.{more}") from None
+
+
+def _explain(error: Any) -> str:
+    """One clause: where, and what is wrong there."""
+    location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function"))]
+    where = "".join(f"[{p + 1}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), 1, 0.5)
+        return f"unknown key {where}" + (f' (did you mean "{near[0]}"?)' if near else "")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text
+
+
+def _known_keys(location: list[Any]) -> list[str]:
+    """The keys of the section at `location` (keys and indexes from the top)."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, str):
+            field = next(f for n, f in section.model_fields.items() if (f.alias or n) == part)
+            section = get_args(field.annotation)[0] if get_args(field.annotation) else field.annotation
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,165 @@
+"""The configuration: what it accepts, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tomllib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdp import config
+from cdp.errors import ConfigError
+
+SMALL = """
+[[group]]
+name = "shop"
+[[group.volume]]
+name = "db"
+primary = "file:db.raw"
+size = "1GiB"
+"""
+
+
+def parsed(text: str, folder: str = "/srv/here") -> config.Config:
+    return config.parse(tomllib.loads(text), folder)
+
+
+def refused(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parsed(text)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_defaults_of_a_small_file() -> None:
+    c = parsed(SMALL)
+    group = c.groups[0]
+    assert c.appliance.state_dir == "/var/lib/cdp"
+    assert (group.window_ns, group.window_size, group.ack, group.max_lag) == (86400 * 10**9, None, "local", 60 * 10**9)
+    assert c.journal.segment_size == 64 << 20 and c.journal.max_size == 20 << 30
+    assert group.volumes[0].primary == "file:/srv/here/db.raw" and group.volumes[0].size == 1 << 30
+
+
+def test_every_default_carries_its_reason() -> None:
+    for section in (config.Appliance, config.Collector, config.Replayer, config.Journal, config.Group, config.Volume):
+        for name, field in section.model_fields.items():
+            assert field.description or name == "volumes", f"{section.__name__}.{name}"
+
+
+def test_relative_paths_are_taken_from_the_folder_of_the_file(tmp_path: Any) -> None:
+    file = tmp_path / "cdp.toml"
+    file.write_text('[appliance]\nstate_dir = "state"\n[collector]\nlisten = ["unix:state/c.sock"]\n' + SMALL)
+    c = config.load(str(file))
+    assert c.appliance.state_dir == str(tmp_path / "state")
+    assert c.collector.listen == [f"unix:{tmp_path}/state/c.sock"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("size =", "siez ="), ["group[1].volume[1].siez", '"size"']),
+        (("[[group]]", "[colector]\nx = 1\n[[group]]"), ["colector", '"collector"']),
+        (("[[group]]", "[journal]\nsegmentsize = 1\n[[group]]"), ["journal.segmentsize", '"segment_size"']),
+        (('"1GiB"', '"1 gigabyte"'), ["size", "1 gigabyte", "64MiB"]),
+        (('"1GiB"', '"1000B"'), ["size"]),
+        (('"1GiB"', '"8EiB"'), ["size"]),
+        (('name = "db"', 'name = "shop"'), ["shop", "namespace"]),
+        (('name = "db"', 'name = "now"'), ["now"]),
+        (('name = "db"', 'name = "1db"'), ["1db"]),
+        (('name = "db"\n', ""), ["group[1].volume[1].name", "missing"]),
+        (("file:db.raw", "ftp:db.raw"), ["ftp:db.raw", "nbd://"]),
+        (("file:db.raw", "nbd+unix:///x"), ["nbd+unix"]),
+        (("[[group]]", '[journal]\nkind = "kafka"\n[[group]]'), ["kafka", "embedded"]),
+        (("[[group.volume]]", 'ack = "replicated"\n[[group.volume]]'), ["replicated", "local"]),
+        (("[[group.volume]]", 'window = "24"\n[[group.volume]]'), ["window", "24h"]),
+        (("[[group.volume]]", 'window = "0s"\n[[group.volume]]'), ["window"]),
+        (("[[group]]", '[collector]\nlisten = ["10809"]\n[[group]]'), ["collector.listen[1]", "10809"]),
+        (("[[group]]", '[collector]\nlisten = ["tcp:h:99999"]\n[[group]]'), ["collector.listen[1]", "99999"]),
+        (("[[group]]", f'[collector]\nlisten = ["unix:{"x" * 120}"]\n[[group]]'), ["longer than 107"]),
+        (("[[group]]", '[collector]\nlisten = ["tcp:h:1"]\n[replayer]\nlisten = ["tcp:h:1"]\n[[group]]'), ["tcp:h:1"]),
+    ],
+)
+def test_what_is_wrong_is_named(change: tuple[str, str], words: list[str]) -> None:
+    text = SMALL.replace(*change)
+    assert text != SMALL
+    message = refused(text)
+    assert all(word in message for word in words), message
+
+
+def test_one_primary_serves_one_volume_and_counts_are_limited() -> None:
+    volume = '[[group.volume]]\nname = "v{}"\nprimary = "{}"\nsize = "1MiB"\n'
+    assert "two volumes" in refused(SMALL + volume.format(1, "file:./db.raw"))
+    assert parsed(SMALL + "".join(volume.format(i, "none") for i in range(config.MAX_VOLUMES_IN_GROUP - 1)))
+    refused(SMALL + "".join(volume.format(i, "none") for i in range(config.MAX_VOLUMES_IN_GROUP)))
+
+
+def test_primaries_are_made_absolute_and_kept() -> None:
+    for given_, kept in {
+        "none": "none",
+        "file:/dev/vda": "file:/dev/vda",
+        "nbd://host:10809/x": "nbd://host:10809/x",
+        "nbd+unix:///x?socket=s.sock": "nbd+unix:///x?socket=/srv/here/s.sock",
+    }.items():
+        assert parsed(SMALL.replace("file:db.raw", given_)).groups[0].volumes[0].primary == kept
+
+
+def test_window_by_size_alone_has_no_age() -> None:
+    group = parsed(SMALL.replace("[[group.volume]]", 'window_size = "1GiB"\n[[group.volume]]')).groups[0]
+    assert (group.window_ns, group.window_size) == (None, 1 << 30)
+
+
+def test_lookup_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.find("a.toml", {"CDP_CONFIG": "/b.toml"}) == str(tmp_path / "a.toml")
+    assert config.find(None, {"CDP_CONFIG": "/b.toml"}) == "/b.toml"
+    if not os.path.exists("/etc/cdp/cdp.toml"):
+        with pytest.raises(ConfigError, match="cdp init"):
+            config.find(None, {})
+    (tmp_path / "cdp.toml").write_text(SMALL)
+    assert config.find(None, {}) == str(tmp_path / "cdp.toml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a = ", b"[" * 100_000, b"#" * (2 << 20)])
+def test_garbage_is_one_error(tmp_path: Any, content: bytes) -> None:
+    file = tmp_path / "cdp.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError):
+        config.load(str(file))
+    with pytest.raises(ConfigError):
+        config.load(str(tmp_path / "missing.toml"))
+    with pytest.raises(ConfigError):
+        config.load(str(tmp_path))
+
+
+@given(st.integers(0, 10**18 - 1))
+def test_sizes_survive_printing(number: int) -> None:
+    assert config.parse_size(config.format_size(number)) == number
+
+
+@given(st.integers(0, 10**9))
+def test_durations_survive_printing(milliseconds: int) -> None:
+    number_ns = milliseconds * 10**6
+    assert config.parse_duration_ns(config.format_duration(number_ns)) == number_ns
+
+
+@given(st.text())
+def test_any_text_is_a_size_or_an_error(text: str) -> None:
+    for parse in (config.parse_size, config.parse_duration_ns):
+        with contextlib.suppress(ValueError):
+            assert parse(text) >= 0
+
+
+KEYS = st.sampled_from(["group", "volume", "name", "size", "journal", "kind", "listen", "collector", "x"])
+ANYTHING = st.recursive(
+    st.none() | st.integers() | st.text() | st.booleans(), lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)
+)
+
+
+@given(st.dictionaries(KEYS, ANYTHING))
+def test_any_content_is_a_configuration_or_a_config_error(content: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        config.parse(content, "/srv")
