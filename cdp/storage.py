@@ -51,6 +51,7 @@ RWF_NOWAIT = os.RWF_NOWAIT
 wall_ns = time.time_ns
 monotonic_ns = time.monotonic_ns
 random_bytes = os.urandom
+sleep = time.sleep  # for worker threads that pace themselves, never for a wait
 
 # fallocate(2) modes, linux/falloc.h
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10

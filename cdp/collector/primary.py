@@ -1,0 +1,211 @@
+"""What a primary can do: a raw file or block device, or nothing at all (mirror sink).
+
+An *inline* primary is used from the loop's thread by plain system calls, one after the other, so writes that overlap
+are never in flight together. `fd` is what the splitter's hot path reads from and writes to; the methods are for
+everything rarer. Upstream NBD, which is not inline, is in `primary_nbd`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as stat_bits
+from collections.abc import Callable
+from typing import Protocol
+
+from cdp import storage
+from cdp.collector.locks import lock_primary
+from cdp.errors import ConfigError, RefusedError, StorageError
+
+# More extents than this in one answer cost the loop too much; a client asks again for the rest.
+MAX_EXTENTS = 512
+# Zeros are written in such pieces where neither punching nor zeroing works.
+_ZEROS = bytes(1 << 20)
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS)
+
+Extent = tuple[int, bool]  # length, whether it may hold data
+
+
+class Primary(Protocol):
+    """What the rooms of the collector ask of any primary. All operations raise OSError."""
+
+    address: str
+    fd: int  # -1: there is none to use directly
+    inline: bool
+    readable: bool
+    can_zero: bool  # zeroing costs less than writing zeros; else TRIM does nothing
+    created: bool  # made by this start: it holds nothing yet
+
+    def read(self, offset: int, length: int) -> bytes: ...
+    def write(self, offset: int, data: bytes | memoryview) -> None: ...
+    def zero(self, offset: int, length: int, punch: bool) -> None: ...
+    def sync(self) -> None: ...
+    def extents(self, offset: int, end: int) -> list[Extent]: ...
+    def identity(self) -> dict[str, int | str]: ...
+    def close(self) -> None: ...
+
+
+class NonePrimary:
+    """No production data here: a mirror sink, whose writes only go to the journal."""
+
+    address, fd, inline, readable, can_zero, created = "none", -1, True, False, True, False
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise OSError(errno.EOPNOTSUPP, "a volume without a primary cannot be read")
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        pass
+
+    def zero(self, offset: int, length: int, punch: bool) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def extents(self, offset: int, end: int) -> list[Extent]:
+        return [(end - offset, True)]
+
+    def identity(self) -> dict[str, int | str]:
+        return {"kind": "none"}
+
+    def close(self) -> None:
+        pass
+
+
+class FilePrimary:
+    """A regular file (made sparse at its size if missing) or a block device, held by QEMU's image locks."""
+
+    inline, readable = True, True
+
+    def __init__(self, path: str, size_bytes: int, known_bytes: int | None = None) -> None:
+        """`known_bytes`: the size that the volume had before, which may grow now.
+
+        Raises ConfigError for another size, RefusedError (`locked`, `busy`) when it is in use, StorageError.
+        """
+        self.address, self.path = f"file:{path}", path
+        self.created = known_bytes is None and not storage.exists(path)
+        try:
+            self.fd = storage.open_file(path, os.O_RDWR | (os.O_CREAT if self.created else 0))
+        except OSError as e:
+            raise StorageError(
+                f"The primary {path} cannot be opened: {e.strerror}.",
+                "" if known_bytes is None else "It was there at the last start; put it back.",
+            ) from e
+        try:
+            self.is_device = stat_bits.S_ISBLK(storage.fstat(self.fd).st_mode)
+            if self.is_device:
+                self._reopen_exclusive()
+            lock_primary(self.fd, path)
+            self._fit(size_bytes, known_bytes)
+            self.can_zero = self._probe_zero(size_bytes)
+        except BaseException:
+            storage.close(self.fd)
+            raise
+
+    def _reopen_exclusive(self) -> None:
+        storage.close(self.fd)
+        try:
+            self.fd = storage.open_file(self.path, os.O_RDWR | os.O_EXCL)
+        except OSError as e:
+            self.fd = storage.open_file("/dev/null")  # so that whoever cleans up closes something that is ours
+            raise RefusedError(
+                f"The device {self.path} is in use (mounted, or part of another): {e.strerror}.", code="busy"
+            ) from e
+
+    def _fit(self, size_bytes: int, known_bytes: int | None) -> None:
+        there = storage.device_bytes(self.fd)
+        grows = known_bytes is not None and there == known_bytes < size_bytes
+        if not self.is_device and (self.created or there == 0 or grows):
+            storage.ftruncate(self.fd, size_bytes)
+            storage.fsync(self.fd)
+            storage.sync_folder(os.path.dirname(self.path) or ".")
+        elif there != size_bytes and not (self.is_device and there > size_bytes):
+            raise ConfigError(
+                f"The primary {self.path} has {there} bytes, but its volume is configured with {size_bytes}.",
+                "Set `size` to what the primary has.",
+            )
+
+    def _probe_zero(self, size_bytes: int) -> bool:
+        if self.is_device:
+            return _device_zeroes(storage.fstat(self.fd).st_rdev)
+        try:
+            storage.punch_hole(self.fd, size_bytes, storage.PAGE_BYTES)  # behind the end: changes nothing
+        except OSError:
+            return False
+        return True
+
+    def read(self, offset: int, length: int) -> bytes:
+        return storage.pread_exact(self.fd, length, offset)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            done = storage.pwrite(self.fd, view, offset)
+            if done == 0:
+                raise OSError(errno.EIO, "the primary took nothing")
+            offset += done
+            view = view[done:]
+
+    def zero(self, offset: int, length: int, punch: bool) -> None:
+        """Reads as zeros afterwards; `punch`: its space may be given back, else it stays allocated."""
+        ways: list[Callable[[int, int, int], None]] = (
+            [storage.punch_hole, storage.zero_range] if punch else [storage.zero_range, _punch_and_allocate]
+        )
+        for way in ways:
+            try:
+                return way(self.fd, offset, length)
+            except OSError as e:
+                if e.errno not in _UNSUPPORTED:
+                    raise
+        for at in range(offset, offset + length, len(_ZEROS)):
+            self.write(at, memoryview(_ZEROS)[: offset + length - at])
+
+    def sync(self) -> None:
+        storage.fdatasync(self.fd)
+
+    def extents(self, offset: int, end: int) -> list[Extent]:
+        """(length, data?) of neighbouring stretches from `offset`, at most MAX_EXTENTS; may end before `end`."""
+        found: list[Extent] = []
+        while offset < end and len(found) < MAX_EXTENTS:
+            start = self._seek(offset, storage.SEEK_DATA, end)
+            if start > offset:
+                found.append((start - offset, False))
+            if start < end:
+                stop = self._seek(start, storage.SEEK_HOLE, end)
+                found.append((stop - start, True))
+                start = stop
+            offset = start
+        return found
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        try:
+            return min(storage.lseek(self.fd, offset, whence), end)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return end
+            return offset if whence == storage.SEEK_DATA else end  # cannot tell: all of it may be data
+
+    def identity(self) -> dict[str, int | str]:
+        """What tells that this is the primary that was left; `mtime_ns` only where a file system keeps one."""
+        s = storage.fstat(self.fd)
+        if self.is_device:
+            return {"kind": "device", "device": s.st_rdev, "size": storage.device_bytes(self.fd)}
+        return {"kind": "file", "dev": s.st_dev, "ino": s.st_ino, "size": s.st_size, "mtime_ns": s.st_mtime_ns}
+
+    def close(self) -> None:
+        storage.close(self.fd)
+
+
+def _punch_and_allocate(fd: int, offset: int, length: int) -> None:
+    storage.punch_hole(fd, offset, length)
+    storage.posix_fallocate(fd, offset, length)
+
+
+def _device_zeroes(device: int) -> bool:
+    here = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for folder in (here, f"{here}/.."):  # a partition's queue is its disk's
+        try:
+            return int(storage.read_file(f"{folder}/queue/write_zeroes_max_bytes")) > 0
+        except (OSError, ValueError):
+            continue
+    return False
