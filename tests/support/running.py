@@ -6,6 +6,7 @@ Everything is waited for with a limit; nothing sleeps for luck.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,15 @@ READY_SECONDS = 40
 CLI_SECONDS = 120
 # Between two looks at a condition: long enough not to be the load itself.
 POLL_SECONDS = 0.02
+
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """For preexec_fn: no server outlives tests or benchmarks that were killed."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class CliFailed(AssertionError):
@@ -56,6 +66,7 @@ class Service:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                preexec_fn=die_with_parent,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
