@@ -1,0 +1,169 @@
+"""Segment files that wait for their use: freed ones are recycled, new ones allocated, on a worker's thread.
+
+A recycled file keeps its blocks, so that a sync of what is written into it need not sync the file system's own
+journal. Before it is written again it has lost its name and its header page, durably: an earlier life is never met.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable
+from threading import Event
+from typing import NamedTuple
+
+from cdp import storage
+from cdp.errors import JournalFullError
+from cdp.journal.segment import HEADER_PAGE_BYTES
+
+PREFIX = "spare-"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Two rolls may follow each other sooner than the worker gets to prepare one.
+READY = 2
+# Files kept for later beyond those ready: what a consumer that acknowledges now and then frees at once is used up
+# again soon; more is given back to the file system.
+KEEP = 4
+# A roll without a spare waits for the worker's, if the journal may not grow: longer than any disk takes for two syncs.
+WAIT_SECONDS = 10.0
+
+
+class Spare(NamedTuple):
+    path: str
+    fd: int
+
+
+class Spares:
+    """Owned by the writer's thread; only the call that `job` returns runs on another one."""
+
+    def __init__(self, folder: str, segment_bytes: int, max_bytes: int) -> None:
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._max_bytes = max_bytes
+        self._ready: deque[Spare] = deque()
+        self._idle: deque[str] = deque()  # paths of freed segments and of files left over by an earlier life
+        self._made: deque[Spare] = deque()  # from the worker
+        self._in_job = 0
+        self._job_done = Event()
+        self._job_done.set()
+        left = [f"{folder}/{name}" for name in sorted(storage.listdir(folder)) if name.startswith(PREFIX)]
+        self._idle.extend(left)
+
+    @property
+    def bytes(self) -> int:
+        """Space of all spares, those at work on the worker included."""
+        self._collect()
+        return (len(self._ready) + len(self._idle) + self._in_job) * self._segment_bytes
+
+    def give(self, path: str) -> None:
+        """A segment that nobody needs any more."""
+        self._idle.append(path)
+
+    def give_now(self, path: str) -> None:
+        """A segment that must not be met again by the next start: its name goes at once, the caller syncs."""
+        spare = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
+        storage.rename(path, spare)
+        self._idle.append(spare)
+
+    def give_back(self, spare: Spare) -> None:
+        """A spare that was taken and could not be used."""
+        self._ready.appendleft(spare)
+
+    def take(self, live_bytes: int) -> Spare:
+        """A file for the next segment. Raises JournalFullError, OSError."""
+        self._collect()
+        if self._ready:
+            return self._ready.popleft()
+        if self._idle:
+            return self._make(self._idle.popleft())
+        if not self._may_grow(live_bytes):
+            if not self._in_job or not self._job_done.wait(WAIT_SECONDS) or not self._made:
+                raise self.full()
+            self._collect()
+            return self._ready.popleft()
+        return self._make(None)
+
+    def job(self, live_bytes: int) -> Callable[[], None] | None:
+        """What a worker should do now, if anything; one at a time. What it raises (OSError, JournalFullError) may
+        be ignored: the roll that finds no spare tries itself and says so."""
+        self._collect()
+        if not self._job_done.is_set():
+            return None
+        wanted: list[str | None] = []
+        room = self._segment_bytes
+        while len(self._ready) + len(wanted) < READY and self._idle:
+            wanted.append(self._idle.popleft())
+        if not self._ready and not wanted and self._may_grow(live_bytes + room):
+            wanted.append(None)
+        surplus = [self._idle.popleft() for _ in range(len(self._idle) - KEEP)]
+        if not wanted and not surplus:
+            return None
+        self._in_job = len(wanted)
+        self._job_done.clear()
+        return lambda: self._run(wanted, surplus)
+
+    def full(self) -> JournalFullError:
+        return JournalFullError(
+            f"The journal {self._folder} has reached its largest size of {self._max_bytes} bytes.",
+            "A consumer is behind or gone: see `cdp consumer list`, or raise journal.max_size.",
+        )
+
+    def close(self) -> None:
+        """Waits for the worker's job; the files stay for the next life."""
+        self._job_done.wait(WAIT_SECONDS)
+        self._collect()
+        for spare in self._ready:
+            storage.close(spare.fd)
+        self._ready.clear()
+
+    def _may_grow(self, live_bytes: int) -> bool:
+        return live_bytes + self.bytes + self._segment_bytes <= self._max_bytes
+
+    def _collect(self) -> None:
+        while self._made:
+            self._ready.append(self._made.popleft())
+            self._in_job -= 1
+        if self._job_done.is_set():
+            self._in_job = 0  # what the job could not make is gone or will be found by the next start
+
+    def _run(self, wanted: list[str | None], surplus: list[str]) -> None:
+        try:
+            for path in surplus:
+                storage.unlink(path)
+            for old in wanted:
+                self._made.append(self._make(old))
+        finally:
+            self._job_done.set()
+
+    def _make(self, old: str | None) -> Spare:
+        """Raises JournalFullError when the disk is full, OSError."""
+        path = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
+        if old is not None:
+            storage.rename(old, path)
+            storage.sync_folder(self._folder)
+        fd = storage.open_file(path, os.O_RDWR | os.O_CREAT)
+        try:
+            self._allocate(fd)
+            storage.pwrite(fd, bytes(HEADER_PAGE_BYTES), 0)
+            storage.fdatasync(fd)
+        except OSError as e:
+            storage.close(fd)
+            storage.unlink(path)
+            raise disk_full(self._folder, e) from e
+        return Spare(path, fd)
+
+    def _allocate(self, fd: int) -> None:
+        size = storage.fstat(fd).st_size
+        if size > self._segment_bytes:
+            storage.ftruncate(fd, self._segment_bytes)
+        elif size < self._segment_bytes:
+            storage.posix_fallocate(fd, 0, self._segment_bytes)
+
+
+def disk_full(folder: str, error: OSError) -> OSError | JournalFullError:
+    """The JournalFullError that stands for `error` if it says that there is no space, else `error` itself."""
+    if error.errno not in _NO_SPACE:
+        return error
+    return JournalFullError(
+        f"The disk of the journal {folder} is full: {error}.", "Give it space; the journal goes on by itself."
+    )
