@@ -1,0 +1,84 @@
+"""`cdp resync`, `cdp trust`, `cdp consumer`: what is asked of the collector."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from appliance.cli.context import Json, client, emit, named, named_volume, out, table
+
+# The collector answers when it has read and journaled what it must; the copy itself goes on behind.
+ANSWER_SECONDS = 60.0
+consumer = typer.Typer(no_args_is_help=True, help="Who still needs the journal.")
+
+
+class Side(str, Enum):
+    """Which one is right when primary and journal differ."""
+
+    primary = "primary"
+    journal = "journal"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog="Example: cdp resync db")(resync)
+    app.command(epilog="Example: cdp trust db primary")(trust)
+    app.add_typer(consumer, name="consumer")
+    consumer.command("list", epilog="Example: cdp consumer list shop")(list_)
+    consumer.command("remove", epilog="Example: cdp consumer remove shop old-replayer")(remove)
+
+
+def resync(
+    volume: Annotated[str, typer.Argument(help="The volume.")], as_json: Json = False
+) -> None:
+    """Compare the whole primary with the replica's journal and heal what differs, while clients are served."""
+    _, chosen = named_volume(volume)
+    answer = client().collector("resync", ANSWER_SECONDS, volume=chosen.name)
+    if as_json:
+        emit({"volume": chosen.name, **answer})
+    else:
+        out.print(f"The resync of {volume} runs; `cdp status` shows its progress. Points are offered from its end.")
+
+
+def trust(
+    volume: Annotated[str, typer.Argument(help="A volume that is stopped in doubt.")],
+    side: Annotated[Side, typer.Argument(help="primary: what is on it now is right; journal: write its tail again.")],
+    as_json: Json = False,
+) -> None:
+    """Say which side is right after a primary was changed, or may have been, while the collector was away."""
+    _, chosen = named_volume(volume)
+    answer = client().collector("trust", ANSWER_SECONDS, volume=chosen.name, side=side.value)
+    if as_json:
+        emit({"volume": chosen.name, "side": side.value, **answer})
+    else:
+        out.print(f"{volume}: the {side.value} is trusted; `cdp status` shows how it goes on.")
+
+
+def list_(
+    group: Annotated[str, typer.Argument(help="The group.")], as_json: Json = False
+) -> None:
+    """List who the journal is kept for, and up to where each needs nothing more."""
+    owner, _ = named(group)
+    found = client().collector("consumers", group=owner.name)["consumers"]
+    if as_json:
+        emit({"group": owner.name, "consumers": found})
+        return
+    shown = table("", "consumer", "done with seq")
+    for name, seq in sorted(found.items()):
+        shown.add_row(name, str(seq))
+    out.print(shown)
+
+
+def remove(
+    group: Annotated[str, typer.Argument(help="The group.")],
+    name: Annotated[str, typer.Argument(help="The consumer; it needs a resync if it comes back.")],
+    as_json: Json = False,
+) -> None:
+    """Keep the journal for this consumer no longer."""
+    owner, _ = named(group)
+    answer = client().collector("consumer_remove", group=owner.name, name=name)
+    if as_json:
+        emit({"group": owner.name, "name": name, **answer})
+    else:
+        out.print(f"The journal of {owner.name} is not kept for {name} any more.")

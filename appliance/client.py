@@ -1,0 +1,89 @@
+"""The client of the parents' APIs, for the CLI and for rollbacks: finds the sockets by the configuration.
+
+Errors come back as they were raised on the other side; a process that is not there is an UnreachableError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from appliance import paths
+from cdp.errors import UnreachableError, from_dict
+
+# The parent answers within its own time limit; this much later it is not there any more.
+MARGIN_SECONDS = 5.0
+STATUS_SECONDS = 10.0
+COMMAND_SECONDS = 30.0
+
+
+class Client:
+    """One appliance. Every call opens its own connection: a parent may have been started again in between."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._state_dir = state_dir
+
+    def status(self, role: str) -> dict[str, Any]:
+        """The state of a parent and a fresh snapshot of its child's figures (None while the child is away)."""
+        return self._call(role, "GET", "/v1/status", None, STATUS_SECONDS)
+
+    def command(
+        self, role: str, name: str, arguments: dict[str, Any], timeout_seconds: float = COMMAND_SECONDS
+    ) -> dict[str, Any]:
+        """What the child answered. Raises CdpError."""
+        path = f"/v1/command/{name}?timeout_seconds={timeout_seconds:g}"
+        return self._call(role, "POST", path, arguments, timeout_seconds + MARGIN_SECONDS)
+
+    def collector(self, name: str, timeout_seconds: float = COMMAND_SECONDS, **arguments: Any) -> dict[str, Any]:
+        """A command of the collector."""
+        return self.command(paths.COLLECTOR, name, arguments, timeout_seconds)
+
+    def replayer(self, name: str, timeout_seconds: float = COMMAND_SECONDS, **arguments: Any) -> dict[str, Any]:
+        """A command of the replayer."""
+        return self.command(paths.REPLAYER, name, arguments, timeout_seconds)
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Every rollback job that the replayer's parent remembers, oldest first."""
+        return list(self._call(paths.REPLAYER, "GET", "/v1/rollbacks", None, COMMAND_SECONDS)["rollbacks"])
+
+    def rollback(self, number: str) -> dict[str, Any]:
+        """One rollback job."""
+        return self._call(paths.REPLAYER, "GET", f"/v1/rollbacks/{number}", None, COMMAND_SECONDS)
+
+    def begin_rollback(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Starts one; it goes on when this process ends."""
+        return self._call(paths.REPLAYER, "POST", "/v1/rollbacks", request, COMMAND_SECONDS)
+
+    def act_on_rollback(self, number: str, action: str) -> dict[str, Any]:
+        """`resume`, `undo` or `abandon`."""
+        return self._call(paths.REPLAYER, "POST", f"/v1/rollbacks/{number}/{action}", {}, COMMAND_SECONDS)
+
+    def _call(
+        self, role: str, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> dict[str, Any]:
+        with self._connected(role) as http:
+            try:
+                answer = http.request(method, path, json=body, timeout=timeout_seconds)
+                content = answer.json()
+            except (httpx.HTTPError, ValueError) as e:
+                raise self._unreachable(role, str(e) or type(e).__name__) from None
+        if answer.status_code == 200 and isinstance(content, dict):
+            return content
+        if "error" not in content:
+            raise self._unreachable(role, f"it answered with HTTP status {answer.status_code}")
+        raise from_dict(content["error"], int(content.get("exit_code", 6)))
+
+    @contextlib.contextmanager
+    def _connected(self, role: str) -> Iterator[httpx.Client]:
+        try:
+            short = paths.ShortPath(paths.api_socket(self._state_dir, role))
+        except OSError as e:
+            raise self._unreachable(role, f"{paths.folder(self._state_dir, role)}: {e.strerror}") from None
+        with short as path, httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://cdp") as http:
+            yield http
+
+    def _unreachable(self, role: str, why: str) -> UnreachableError:
+        return UnreachableError(f"The {role} cannot be reached ({why}).", "Is it running? Start it with `cdp up`.")

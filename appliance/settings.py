@@ -1,0 +1,28 @@
+"""What a child is told: plain data made from the configuration, so that children need not know its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from appliance import paths
+from cdp.config import Config
+
+
+def child_settings(role: str, config: Config) -> dict[str, Any]:
+    """Sizes in bytes, times in ns, paths absolute."""
+    return {
+        "state_dir": config.appliance.state_dir,
+        "listen": config.collector.listen if role == paths.COLLECTOR else config.replayer.listen,
+        "segment_size": config.journal.segment_size,
+        "max_size": config.journal.max_size,
+        "groups": [
+            {
+                "name": group.name,
+                "ack": group.ack,
+                "window_ns": group.window_ns,
+                "window_bytes": group.window_size,
+                "volumes": [{"name": v.name, "primary": v.primary, "size": v.size} for v in group.volumes],
+            }
+            for group in config.groups
+        ],
+    }
