@@ -69,6 +69,16 @@ class Spares:
         """A spare that was taken and could not be used."""
         self._ready.appendleft(spare)
 
+    def drop(self, spare: Spare) -> None:
+        """A file that was made and could not be used is removed."""
+        storage.close(spare.fd)
+        if storage.exists(spare.path):
+            storage.unlink(spare.path)
+
+    def new(self, size: int) -> Spare:
+        """A new file of its own size. Raises JournalFullError (the disk), OSError."""
+        return self._make(None, size)
+
     def take(self, live_bytes: int) -> Spare:
         """A file for the next segment. Raises JournalFullError, OSError."""
         self._collect()
@@ -135,7 +145,7 @@ class Spares:
         finally:
             self._job_done.set()
 
-    def _make(self, old: str | None) -> Spare:
+    def _make(self, old: str | None, size: int | None = None) -> Spare:
         """Raises JournalFullError when the disk is full, OSError."""
         path = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
         if old is not None:
@@ -143,7 +153,7 @@ class Spares:
             storage.sync_folder(self._folder)
         fd = storage.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
-            self._allocate(fd)
+            self._allocate(fd, size or self._segment_bytes)
             storage.pwrite(fd, bytes(HEADER_PAGE_BYTES), 0)
             storage.fdatasync(fd)
         except OSError as e:
@@ -152,12 +162,12 @@ class Spares:
             raise disk_full(self._folder, e) from e
         return Spare(path, fd)
 
-    def _allocate(self, fd: int) -> None:
+    def _allocate(self, fd: int, wanted: int) -> None:
         size = storage.fstat(fd).st_size
-        if size > self._segment_bytes:
-            storage.ftruncate(fd, self._segment_bytes)
-        elif size < self._segment_bytes:
-            storage.posix_fallocate(fd, 0, self._segment_bytes)
+        if size > wanted:
+            storage.ftruncate(fd, wanted)
+        elif size < wanted:
+            storage.posix_fallocate(fd, 0, wanted)
 
 
 def disk_full(folder: str, error: OSError) -> OSError | JournalFullError:
