@@ -33,7 +33,7 @@ def test_file_is_one_idea(path: Path) -> None:
 def test_nothing_sleeps_for_luck(path: Path) -> None:
     """The door to clocks is the one place that may: a file lock of another process has no event to wait for."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "sleep":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.sleep":
             raise AssertionError(f"{name(path)}:{node.lineno}: wait for the condition instead")
 
 

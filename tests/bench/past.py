@@ -65,7 +65,8 @@ def read_iops(ours: Ours, point: str, folder: Path) -> float:
     ], check=True, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent)  # fmt: skip
     text = output.read_text()
     read = json.loads(text[text.index("{") :])["jobs"][0]["read"]
-    return float(read["total_ios"]) / (read["runtime"] / 1000)
+    ios, milliseconds = int(read["total_ios"]), int(read["runtime"])
+    return 1000 * ios / milliseconds
 
 
 def convert_seconds(uri: str, folder: Path) -> float:

@@ -1,0 +1,1 @@
+"""Real clients, not ours, against both servers of a real running appliance."""
