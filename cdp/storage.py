@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import struct
 import threading
 import time
@@ -51,7 +52,7 @@ RWF_NOWAIT = os.RWF_NOWAIT
 wall_ns = time.time_ns
 monotonic_ns = time.monotonic_ns
 random_bytes = os.urandom
-sleep = time.sleep  # for worker threads that pace themselves, never for a wait
+pause = time.sleep  # for threads that pace themselves, never to wait for something
 
 # fallocate(2) modes, linux/falloc.h
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
@@ -184,6 +185,15 @@ def lock_ofd(fd: int, start: int, length: int, exclusive: bool) -> bool:
         if e.errno in (errno.EAGAIN, errno.EACCES):
             return False
         raise
+
+
+def wait_readable(descriptors: list[int], timeout_seconds: float | None) -> list[int]:
+    """Those that are readable (or broken), as soon as one is; [] after the time-out. None: without limit."""
+    poll = select.poll()
+    for fd in descriptors:
+        poll.register(fd, select.POLLIN)
+    timeout_ms = None if timeout_seconds is None else max(0, round(timeout_seconds * 1000))
+    return [fd for fd, _ in poll.poll(timeout_ms)]
 
 
 Done = Callable[[Any, BaseException | None], None]

@@ -33,4 +33,4 @@ def lock_primary(fd: int, path: str, wait_seconds: float = LOCK_WAIT_SECONDS) ->
                 "Stop the virtual machine or the collector that uses it; clients connect over NBD instead.",
                 code="locked",
             )
-        storage.sleep(_RETRY_SECONDS)
+        storage.pause(_RETRY_SECONDS)

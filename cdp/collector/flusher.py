@@ -1,0 +1,140 @@
+"""Sync rounds of a group: what makes journal and primaries durable, and answers who waits for it (promise 3).
+
+One round at a time. It begins with everything that waits then, so it serves only requests received before; whoever
+comes later is served by the next (group commit). In a round the journal and the primaries concerned are synced at
+the same time, by threads; the loop goes on. After it the journal's durable position is published to readers, as far
+as the primaries have answered. Some rounds sync every primary: the checkpoint is taken from these.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cdp import storage
+
+if TYPE_CHECKING:
+    from cdp.collector.group import Group
+    from cdp.collector.volume import Volume
+
+# The journal is synced at least this often while it grows (promise 4).
+SYNC_SECONDS = 0.05
+# A start writes the journal since the checkpoint again: at some 500 MiB/s this is two seconds of it …
+CHECKPOINT_BYTES = 1 << 30
+# … and the journal that has to be kept for it must leave room for the consumers.
+CHECKPOINT_SHARE = 4
+CHECKPOINT_SECONDS = 10.0
+# With nothing but heartbeats a checkpoint only frees journal.
+IDLE_CHECKPOINT_SECONDS = 60.0
+SYNC_THREADS = 8
+
+Answer = Callable[[OSError | None], None]
+
+
+class Flusher:
+    """Owned by the loop's thread; `worker` runs the syncs of every group."""
+
+    def __init__(self, group: Group, worker: storage.Worker, max_journal_bytes: int) -> None:
+        self._group, self._worker = group, worker
+        self._waiting: list[tuple[Volume | None, Answer]] = []
+        self._left = 0  # syncs of the round that have not returned; 0: no round
+        self._again = False
+        self._dirty_limit = min(CHECKPOINT_BYTES, max_journal_bytes // CHECKPOINT_SHARE)
+        self._checkpoint_wanted = False
+        self._last_checkpoint_ns = storage.monotonic_ns()
+
+    def wait(self, volume: Volume | None, answer: Answer) -> None:
+        """`answer` is called after a round that begins from here on: for a volume when it and the journal are
+        durable, for None when the journal is. Call `kick` after the last of them."""
+        self._waiting.append((volume, answer))
+
+    def kick(self) -> None:
+        """Begins a round if somebody waits and none is under way."""
+        if self._waiting and not self._left:
+            self._begin()
+
+    def tick(self) -> None:
+        """Every SYNC_SECONDS: a growing journal is synced, and checkpoints are taken."""
+        self._group.prepare()
+        if self._left:
+            return
+        group = self._group
+        age = (storage.monotonic_ns() - self._last_checkpoint_ns) / 1e9
+        limit = CHECKPOINT_SECONDS if group.dirty_bytes else IDLE_CHECKPOINT_SECONDS
+        if group.dirty_bytes >= self._dirty_limit or age >= limit:
+            self.want_checkpoint()
+        if self._waiting or self._checkpoint_wanted or group.has_unsynced:
+            self._begin()
+
+    def want_checkpoint(self) -> None:
+        """The next round is one that syncs every primary."""
+        self._checkpoint_wanted = True
+
+    @property
+    def idle(self) -> bool:
+        return not self._left and not self._waiting
+
+    def _begin(self) -> None:
+        group = self._group
+        waiting, self._waiting = self._waiting, []
+        whole, self._checkpoint_wanted = self._checkpoint_wanted, False
+        # A checkpoint is the end of a batch: a refused write may be inside of one.
+        whole = whole and group.refusals.first_seq is None
+        round_ = _Round(waiting, group.answered_seq if whole else 0)
+        if whole:
+            volumes = [v for v in group.volumes if v.dirty]
+            group.dirty_bytes = 0
+            self._last_checkpoint_ns = storage.monotonic_ns()
+        else:
+            volumes = list({id(v): v for v, _ in waiting if v is not None and v.dirty}.values())
+        round_.journal_ok = not group.journal_dead
+        token = group.begin_sync()
+        self._left = 1 + len(volumes)  # one for this function: a round never ends inside its own loop
+        if token is not None:
+            self._left += 1
+            self._worker.submit(partial(self._journal_synced, round_, token), group.journal.sync, token)
+        for volume in volumes:
+            volume.dirty = False
+            done = partial(self._primary_synced, round_, volume)
+            if volume.primary.inline:
+                self._worker.submit(done, volume.primary.sync)
+            else:
+                volume.primary.sync_later(done)
+        self._one_less(round_)
+
+    def _journal_synced(self, round_: _Round, token: Any, _: object, error: BaseException | None) -> None:
+        if error is not None:
+            round_.journal_ok = self._group.journal_sync_failed(token, error)
+        elif not self._group.journal_dead:
+            self._group.journal.end_sync(token)
+        self._one_less(round_)
+
+    def _primary_synced(self, round_: _Round, volume: Volume, _: object, error: BaseException | None) -> None:
+        if error is not None:
+            volume.dirty = volume.sync_failed = True
+            self._group.primary_sync_failed(volume, error)
+        self._one_less(round_)
+
+    def _one_less(self, round_: _Round) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        group = self._group
+        group.publish()
+        for volume, answer in round_.waiting:
+            good = round_.journal_ok and not (volume is not None and volume.sync_failed)
+            answer(None if good else OSError(errno.EIO, "the sync failed"))
+        if round_.seq and round_.journal_ok and not any(v.sync_failed for v in group.volumes):
+            group.checkpoint(min(round_.seq, group.journal.durable_seq))
+        self.kick()
+
+
+class _Round:
+    __slots__ = ("waiting", "seq", "journal_ok")
+
+    def __init__(self, waiting: list[tuple[Any, Answer]], seq: int) -> None:
+        self.waiting = waiting
+        self.seq = seq  # what all primaries and the journal will be synced up to, 0: not a checkpoint's round
+        self.journal_ok = True

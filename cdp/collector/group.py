@@ -1,0 +1,304 @@
+"""A group's life: its one journal, its state, the heartbeat, and what happens when something fails.
+
+States: a volume's own (see `Volume.state`), and `stopped` for the group as a whole: reads are served, writes
+refused, until it goes on by itself (space, a primary that can be read again) or the process is started anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cdp import storage
+from cdp.collector.bookmarks import Bookmarks
+from cdp.collector.flusher import Flusher
+from cdp.collector.refused import RefusedWrites
+from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
+from cdp.collector.volume import Reason, Volume
+from cdp.errors import CdpError, JournalFullError, StorageError
+from cdp.journal import batch, consumers
+from cdp.journal.writer import JournalWriter
+
+log = logging.getLogger(__name__)
+
+# kind, flags, volume, offset, length, data
+NewRecord = tuple[int, int, int, int, int, "bytes | memoryview"]
+# The consumer that stands for the primaries: the journal since the checkpoint is written again at a start.
+CHECKPOINT_CONSUMER = "primary"
+_WORST_FIRST = ("stopped", "rolling_back", "resyncing", "syncing")
+
+
+class Group:
+    """Owned by the loop's thread. `name`, `volumes`, `journal` and `state_file` are plain facts for the other rooms."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        state: GroupState,
+        volumes: list[Volume],
+        journal: JournalWriter,
+        worker: storage.Worker,
+        max_journal_bytes: int,
+    ) -> None:
+        self.name, self.folder, self.volumes, self.journal = name, folder, volumes, journal
+        self.content = state
+        self.epoch = state["epoch"]
+        self._worker = worker
+        self.refuse = 0  # errno for every write, 0: none
+        self.reason: Reason | None = None
+        self.journal_dead = False
+        self.active = False  # something was written since the last second
+        self.dirty_bytes = 0  # since the last round that synced everything
+        self.pending: dict[int, int] = {}  # first seq of a batch → its writes that an asynchronous primary has to answer
+        self.hold_checkpoint = False  # a volume is in doubt: its journal is kept
+        self.first_records: list[NewRecord] = []  # of this life, as long as they are not in the journal
+        self._max_journal_bytes = max_journal_bytes
+        self.start_resync: Callable[[Volume, Reason, int], bool] = lambda volume, reason, from_seq: False
+        self.heal: Callable[[Volume], None] = lambda volume: None
+        self.flusher = Flusher(self, worker, max_journal_bytes)
+        self.refusals = RefusedWrites(self)
+        self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
+        self._state_store = Store(f"{folder}/group.json", worker)
+        self._published = journal.durable_seq
+        self._checkpointing = self._preparing = False
+
+    # --- the journal
+
+    def begin(self) -> None:
+        """Journals what every life begins with; where there is no space the group waits for it, stopped."""
+        if self.first_records and self.try_append(self.first_records):
+            self.first_records = []
+            self.settle()
+
+    def append(self, records: list[NewRecord]) -> int:
+        """Appends one batch; its first seq. Raises StorageError, JournalFullError (the group is stopped by then)."""
+        if self.journal_dead:
+            raise StorageError(f"The journal of {self.name} is stopped.", "Start the collector again.")
+        pack = batch.DESCRIPTOR.pack
+        data = [r[5] for r in records if r[5]]
+        descriptors = b"".join(pack(k, f, v, len(d), o, n) for k, f, v, o, n, d in records)
+        data_bytes = sum(len(d) for d in data)
+        try:
+            seq: int = self.journal.append(descriptors, data, data_bytes)
+        except JournalFullError as e:
+            self.stop("journal_full", str(e), errno.ENOSPC)
+            raise
+        except OSError as e:
+            self.journal_died(e)
+            raise StorageError(f"The journal of {self.name} cannot be written: {e}.") from e
+        self.dirty_bytes += data_bytes
+        return seq
+
+    def try_append(self, records: list[NewRecord]) -> bool:
+        """The same; False when the group stopped instead."""
+        try:
+            self.append(records)
+        except StorageError:
+            return False
+        return True
+
+    @property
+    def answered_seq(self) -> int:
+        """The primaries have answered for every record up to here, and what they refused is dealt with."""
+        limit: int = self.journal.last_seq
+        if self.pending:
+            limit = min(limit, next(iter(self.pending)) - 1)
+        refused = self.refusals.first_seq
+        return limit if refused is None else min(limit, refused - 1)
+
+    @property
+    def journal_is_filling(self) -> bool:
+        """Passes over volumes wait: the rest of the space is for production."""
+        return self.journal.bytes > self._max_journal_bytes * 3 // 4
+
+    @property
+    def has_unsynced(self) -> bool:
+        return not self.journal_dead and self.journal.last_seq > self.journal.durable_seq
+
+    def begin_sync(self) -> Any:
+        """A token for `journal.sync`, None if nothing is new or the journal is dead."""
+        try:
+            return None if self.journal_dead else self.journal.begin_sync()
+        except OSError as e:
+            self.journal_died(e)
+            return None
+
+    def publish(self) -> None:
+        """Lets readers see what is durable and answered."""
+        seq = min(self.answered_seq, self.journal.durable_seq)
+        if seq > self._published and not self.journal_dead:
+            self.journal.publish(seq)
+            self._published = seq
+
+    # --- states
+
+    @property
+    def state(self) -> str:
+        """The group's own stop, else its worst volume's state."""
+        if self.refuse:
+            return "stopped"
+        states = {v.state for v in self.volumes}
+        return next((s for s in _WORST_FIRST if s in states), "protected")
+
+    def stop(self, code: str, text: str, number: int = errno.EIO) -> None:
+        """Refuses writes from here on. A dead journal's reason is not replaced."""
+        if self.journal_dead and self.refuse:
+            return
+        if self.reason is None or self.reason["code"] != code:
+            log.error("group %s stopped (%s): %s", self.name, code, text)
+        self.refuse, self.reason = number, {"code": code, "text": text}
+
+    def _resume(self) -> None:
+        if self.reason is not None:
+            log.warning("group %s goes on after %s", self.name, self.reason["code"])
+        self.refuse, self.reason = 0, None
+
+    def journal_died(self, error: BaseException) -> None:
+        """The writer cannot go on; nothing is journaled, so nothing is written, until the next start."""
+        self.journal_dead = True
+        self.refuse = 0
+        self.stop("journal_failed", f"The journal of {self.name} failed: {error}. Start the collector again.")
+
+    def journal_sync_failed(self, token: Any, error: BaseException) -> bool:
+        """What was to be durable is not: that file is never trusted again (promise 3).
+
+        The journal goes on in a new segment, into which what was lost is written again; True: all of it is durable.
+        """
+        with contextlib.suppress(OSError):
+            self.journal.end_sync(token)
+        try:
+            self.journal.reopen_after_failure()
+        except (OSError, StorageError) as e:
+            self.journal_died(e)
+            return False
+        log.error("group %s: a sync of the journal failed (%s); it goes on in a new segment", self.name, error)
+        return True
+
+    def primary_sync_failed(self, volume: Volume, error: BaseException) -> None:
+        text = f"The primary of {volume.name} could not be synced: {error}. What it took is written again."
+        log.error("%s", text)
+        volume.reason = {"code": "sync_failed", "text": text}
+
+    # --- refused writes
+
+    def refused(self, volume: Volume, offset: int, length: int, seq: int) -> None:
+        log.warning("volume %s: the primary refused seq %d (%d bytes at %d)", volume.name, seq, length, offset)
+        self.refusals.add(volume, offset, length, seq)
+
+    def settle(self) -> None:
+        if self.refusals.first_seq is not None:
+            self.refusals.settle()
+
+    # --- time
+
+    def second(self) -> None:
+        """Once a second: heartbeat, and another try at whatever stopped the group."""
+        for volume in self.volumes:
+            if volume.sync_failed:
+                self.heal(volume)
+        if self.refuse and not self.journal_dead:
+            self._try_again()
+        elif not self.active and not self.journal_dead:
+            self.try_append([(batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")])
+        self.active = False
+
+    def _try_again(self) -> None:
+        self.flusher.want_checkpoint()
+        self.journal.release()
+        first, heartbeat = self.first_records, (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
+        if self.try_append(first or [heartbeat]):
+            self.first_records = []
+            self.settle()
+            if self.refusals.first_seq is None:
+                self._resume()
+
+    def prepare(self) -> None:
+        """Lets the journal make its next segment before it is needed."""
+        work = None if self._preparing or self.journal_dead else self.journal.prepare()
+        if work is None:
+            return
+        self._preparing = True
+
+        def prepared(_: object, error: BaseException | None) -> None:
+            self._preparing = False
+            if error is not None:
+                log.warning("group %s: the next journal segment could not be prepared: %s", self.name, error)
+
+        self._worker.submit(prepared, work)
+
+    # --- what is kept
+
+    def save_state(self, done: Callable[[BaseException | None], None] | None = None) -> None:
+        """Makes the volumes' durable facts so."""
+        self._note_volumes()
+        self._state_store.save(self.content, done)
+
+    def save_state_now(self) -> None:
+        """The same while no clients are served; blocks."""
+        self._note_volumes()
+        save(f"{self.folder}/group.json", self.content)
+
+    def _note_volumes(self) -> None:
+        for v in self.volumes:
+            doubt = v.reason if v.refuse else None
+            self.content["volumes"][v.name] = {"id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "doubt": doubt}
+
+    def checkpoint(self, seq: int) -> None:
+        """Primaries and journal are synced up to `seq`: a start need not go further back."""
+        if self._checkpointing or self.hold_checkpoint or self._state_store.busy:
+            return  # the next one will be later
+        self._checkpointing = True
+        content = self.checkpoint_content(seq, clean=False)
+
+        def saved(error: BaseException | None) -> None:
+            if error is not None:
+                self._checkpointing = False
+                log.error("group %s: the checkpoint cannot be saved: %s", self.name, error)
+                return
+            self._worker.submit(released, consumers.acknowledge, f"{self.folder}/journal", CHECKPOINT_CONSUMER, seq)
+
+        def released(_: object, error: BaseException | None) -> None:
+            self._checkpointing = False
+            if error is not None:
+                log.error("group %s: the journal cannot be told of the checkpoint: %s", self.name, error)
+            elif not self.journal_dead:
+                self.journal.release()
+
+        self.bookmarks.save()
+        Store(f"{self.folder}/checkpoint", self._worker).save(content, saved)
+
+    def checkpoint_content(self, seq: int, clean: bool) -> Checkpoint:
+        """What a start compares the primaries with. Raises OSError."""
+        return {
+            "version": VERSION, "seq": seq, "clean": clean, "boot_id": boot_id(), "wall_ns": storage.wall_ns(),
+            "primaries": {v.name: v.primary.identity() for v in self.volumes},
+        }  # fmt: skip
+
+    def figures(self) -> dict[str, Any]:
+        """See Control in ARCHITECTURE.md."""
+        journal, reason = self.journal, self.reason
+        if reason is None and self.state == "stopped":
+            reason = next(v.reason for v in self.volumes if v.refuse)
+        return {
+            "state": self.state,
+            "reason": reason or next((v.reason or v.sync for v in self.volumes if v.reason or v.sync), None),
+            "epoch": self.epoch,
+            "journal": {
+                "first_seq": journal.first_seq,
+                "last_seq": journal.last_seq,
+                "durable_seq": journal.durable_seq,
+                "bytes": journal.bytes,
+            },
+            "last_time_ns": journal.order_ns,
+            "consumers": consumers.positions(f"{self.folder}/journal"),
+            "volumes": {v.name: v.figures() for v in self.volumes},
+        }
+
+
+def reason_of(error: CdpError) -> Reason:
+    """An error as a state's reason."""
+    return {"code": error.code, "text": str(error)}

@@ -1,0 +1,122 @@
+"""Writes that a primary refused: read back, journaled as they are, and the time between withheld (promise 2).
+
+The refused write's record stands in the journal. What the primary really holds there follows as SYNC records, and a
+GAP from the refused record to these, so no point is offered where journal and primary differed. Nothing from the
+refused record on is published to readers before that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cdp.collector.volume import Volume, Watch
+from cdp.errors import StorageError
+from cdp.journal import batch
+
+if TYPE_CHECKING:
+    from cdp.collector.group import Group, NewRecord
+
+# The largest region that is read back at once; only a ZERO can be longer, and then the whole volume is compared.
+READ_BACK_BYTES = 32 << 20
+SYNC_BYTES = 1 << 20
+
+Content = Callable[[bytes | None, BaseException | None], None]
+
+
+@dataclass(slots=True, eq=False)
+class Refused:
+    """One refused write that is not dealt with yet."""
+
+    volume: Volume
+    offset: int
+    length: int
+    seq: int
+    reading: bool = False
+
+
+def read_as_journaled(volume: Volume, offset: int, length: int, done: Content) -> None:
+    """The region as every write that is in the journal by now left it: when `done` runs, that is still so.
+
+    From an asynchronous primary it is read again for as long as writes to it keep coming in between.
+    """
+    if volume.primary.inline:
+        try:
+            payload = volume.primary.read(offset, length)
+        except (OSError, StorageError) as e:
+            return done(None, e)
+        return done(payload, None)
+    watch = Watch(offset, offset + length)
+    volume.watches.append(watch)
+
+    def answered(payload: bytes | None, error: BaseException | None) -> None:
+        if watch.touched and error is None:
+            watch.touched = False
+            volume.primary.read_later(offset, length, answered)
+            return
+        volume.watches.remove(watch)
+        done(payload, error)
+
+    volume.primary.read_later(offset, length, answered)
+
+
+def sync_records(volume: int, offset: int, content: bytes) -> list[NewRecord]:
+    """SYNC records of a region, zeros told apart from content."""
+    records: list[NewRecord] = []
+    view = memoryview(content)
+    for at in range(0, len(content), SYNC_BYTES):
+        piece = view[at : at + SYNC_BYTES]
+        if piece == _ZEROS[: len(piece)]:
+            records.append((batch.SYNC, batch.ZEROS, volume, offset + at, len(piece), b""))
+        else:
+            records.append((batch.SYNC, 0, volume, offset + at, len(piece), piece))
+    return records
+
+
+_ZEROS = memoryview(bytes(SYNC_BYTES))
+
+
+class RefusedWrites:
+    """The refused writes of a group. Owned by the loop's thread."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._open: list[Refused] = []
+
+    def add(self, volume: Volume, offset: int, length: int, seq: int) -> None:
+        """Call `settle` when the requests that were journaled together with it have been executed."""
+        self._open.append(Refused(volume, offset, length, seq))
+
+    @property
+    def first_seq(self) -> int | None:
+        """Readers may not see this record yet; None: nothing is open."""
+        return min((r.seq for r in self._open), default=None)
+
+    def settle(self) -> None:
+        """Deals with all that are open; what cannot be stops the group, and is tried again by it."""
+        for refused in list(self._open):
+            if refused.length > READ_BACK_BYTES:
+                self._compare_all(refused)
+            elif not refused.reading:
+                refused.reading = True
+                read_as_journaled(refused.volume, refused.offset, refused.length, partial(self._read, refused))
+
+    def _read(self, refused: Refused, content: bytes | None, error: BaseException | None) -> None:
+        refused.reading = False
+        volume, group = refused.volume, self._group
+        if content is None:
+            group.stop("read_back", f"What {volume.name} holds after a refused write cannot be read: {error}.")
+            return
+        reason = {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
+        gap = (batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(reason).encode())
+        if group.try_append([*sync_records(volume.id, refused.offset, content), gap]):
+            self._open.remove(refused)
+
+    def _compare_all(self, refused: Refused) -> None:
+        volume = refused.volume
+        reason = {"code": "refused_zero", "text": f"The primary of {volume.name} refused to zero a large region."}
+        if self._group.start_resync(volume, reason, refused.seq):
+            self._open.remove(refused)

@@ -1,0 +1,226 @@
+"""Opening a group: who the primaries are, the journal's tail onto them, and a checkpoint to begin from.
+
+The rules of "Starting again": a primary must be the one that was left (identity, size), and nobody may have written
+it since: after a clean stop its mtime is the recorded one, after a kill it is at most 2 s past the last batch. In
+doubt the volume is `stopped` until `trust` says which side is right. Blocks; runs before clients are served.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from cdp import storage
+from cdp.collector import tail
+from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
+from cdp.collector.primary import FilePrimary, NonePrimary, Primary
+from cdp.collector.resync import INITIAL_SYNC, gap_open
+from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
+from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
+from cdp.errors import ConfigError, StorageError
+from cdp.journal import batch, consumers
+from cdp.journal.batch import Identity
+from cdp.journal.writer import JournalWriter
+
+log = logging.getLogger(__name__)
+
+# A write reaches the primary at most this long after its batch: file systems stamp coarsely, disks stall.
+MTIME_TOLERANCE_NS = 2_000_000_000
+# Volume numbers are 16 bits, and one of them means "the whole group".
+MAX_VOLUME_IDS = batch.NO_VOLUME
+
+
+def open_group(
+    spec: GroupSpec, folder: str, worker: storage.Worker, *, segment_bytes: int, max_bytes: int
+) -> Group:
+    """The group, ready to serve; volumes whose `sync` is set have their GAP open in the journal already.
+
+    Raises ConfigError, RefusedError, StorageError and its kinds.
+    """
+    storage.makedirs(f"{folder}/journal", exist_ok=True)
+    state = load_group(f"{folder}/group.json")
+    checkpoint = load_checkpoint(f"{folder}/checkpoint")
+    volumes: list[Volume] = []
+    journal: JournalWriter | None = None
+    try:
+        for volume_spec in spec.volumes:
+            volumes.append(_open_volume(volume_spec, state))
+        state["epoch"] += 1
+        save(f"{folder}/group.json", state)
+        identity = Identity(bytes.fromhex(state["group_id"]), state["epoch"], storage.random_bytes(16))
+        journal = JournalWriter(
+            f"{folder}/journal", identity, segment_bytes=segment_bytes, max_bytes=max_bytes,
+            known_durable_seq=checkpoint["seq"] if checkpoint else 0,
+        )  # fmt: skip
+        for name in (CHECKPOINT_CONSUMER, *spec.consumers):
+            consumers.register(f"{folder}/journal", name, journal.first_seq - 1, identity.group_id)
+        group = Group(spec.name, folder, state, volumes, journal, worker, max_bytes)
+        _begin(group, checkpoint)
+        return group
+    except BaseException:
+        for volume in volumes:
+            volume.primary.close()
+        if journal is not None:
+            journal.close()
+        raise
+
+
+def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:
+    """Raises ConfigError, RefusedError, StorageError."""
+    if spec.primary == "none":
+        return NonePrimary()
+    kind, _, path = spec.primary.partition(":")
+    if kind == "file" and path:
+        return FilePrimary(path, spec.size_bytes, known_bytes)
+    if kind in ("nbd", "nbd+unix"):
+        from cdp.collector.primary_nbd import NbdPrimary  # only where one is configured
+
+        return NbdPrimary(spec.primary, spec.size_bytes)
+    raise ConfigError(f"{spec.primary!r} is no primary.", "Write file:PATH, nbd://…, nbd+unix://… or none.")
+
+
+def _open_volume(spec: VolumeSpec, state: GroupState) -> Volume:
+    known = state["volumes"].get(spec.name)
+    primary = open_primary(spec, known["size"] if known else None)
+    if known is None:
+        if state["next_id"] >= MAX_VOLUME_IDS:
+            raise ConfigError(f"Too many volumes were ever in the group of {spec.name}.", "Make a new group.")
+        known = state["volumes"][spec.name] = {"id": state["next_id"], "size": spec.size_bytes}
+        state["next_id"] += 1
+        if primary.readable and _holds_data(primary, spec.size_bytes):
+            text = f"{spec.name} held data when it was added; points are offered once all of it is in the journal."
+            known["sync"] = {"code": INITIAL_SYNC, "text": text}
+    known["size"] = spec.size_bytes
+    volume = Volume(spec.name, known["id"], spec.size_bytes, primary)
+    volume.sync, volume.lock, doubt = known.get("sync"), known.get("lock"), known.get("doubt")
+    if doubt is not None:
+        volume.refuse, volume.reason = errno.EIO, doubt
+    return volume
+
+
+def _holds_data(primary: Primary, size_bytes: int) -> bool:
+    return not primary.inline or any(data for _, data in primary.extents(0, size_bytes))
+
+
+def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
+    """Doubts, the tail, the first records, and all of it durable."""
+    after_seq = checkpoint["seq"] if checkpoint else 0
+    if checkpoint is not None:
+        written_ns = checkpoint["wall_ns"]
+        for found in group.journal.batches_after(after_seq, header_only=True):
+            written_ns = found.wall_ns
+        for volume in group.volumes:
+            _judge(group, volume, checkpoint, written_ns)
+        if any(v.refuse for v in group.volumes):
+            group.save_state_now()  # the next start could not tell any more: this one writes to the journal
+    trusted = {v.id: v for v in group.volumes if not v.refuse}
+    writer = tail.TailWriter(trusted, group.refused)
+    for found in group.journal.batches_after(after_seq):
+        writer.apply(found)
+    for name in writer.bookmarks:
+        group.bookmarks.add(name)
+    for volume in group.volumes:
+        if volume.id in writer.open_gaps and volume.sync is None:
+            volume.sync = writer.open_gaps[volume.id]
+    group.hold_checkpoint = any(v.refuse for v in group.volumes)
+    group.first_records = _first_records(group)
+    group.begin()
+    if not group.journal_dead:
+        _make_durable(group)
+
+
+def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int) -> None:
+    """Stops the volume when its primary may not be what was left; asks for a comparison after a power cut."""
+    left = checkpoint["primaries"].get(volume.name)
+    if left is None:
+        return  # it is new
+    doubt = None if volume.refuse else _doubt(volume, left, checkpoint, written_ns)
+    if doubt is not None:
+        log.error("volume %s stopped (%s): %s", volume.name, doubt["code"], doubt["text"])
+        volume.refuse, volume.reason = errno.EIO, doubt
+        group.content["volumes"][volume.name]["doubt"] = doubt
+    elif not checkpoint["clean"] and checkpoint["boot_id"] != boot_id() and volume.primary.readable:
+        text = "The machine went down while it was written; the primary is compared."
+        volume.sync = volume.sync or {"code": "unclean_restart", "text": text}
+
+
+def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, written_ns: int) -> Reason | None:
+    there = volume.primary.identity()
+    same_boot = checkpoint["boot_id"] == boot_id()
+    advice = f"Say which side is right: `cdp trust {volume.name} primary` or `cdp trust {volume.name} journal`."
+    grown = left.get("size") != there.get("size") and volume.size == there.get("size")
+    # Device numbers may change with a start of the machine; the size when the volume was made larger.
+    skipped = {"mtime_ns"} | (set() if same_boot else {"dev"}) | ({"size", "mtime_ns"} if grown else set())
+    if {k: v for k, v in left.items() if k not in skipped} != {k: v for k, v in there.items() if k not in skipped}:
+        return {"code": "other_primary", "text": f"The primary of {volume.name} is not the one it was. {advice}"}
+    mtime_ns = there.get("mtime_ns")
+    if not isinstance(mtime_ns, int) or grown:
+        return None
+    late = mtime_ns > written_ns + MTIME_TOLERANCE_NS
+    if mtime_ns != left.get("mtime_ns") if checkpoint["clean"] else late:
+        text = f"The primary of {volume.name} was written while the collector was away. {advice}"
+        return {"code": "primary_changed", "text": text}
+    return None
+
+
+def _first_records(group: Group) -> list[NewRecord]:
+    """RESIZE for every volume, and a GAP for those that are to be compared or are in doubt."""
+    records: list[NewRecord] = [(batch.RESIZE, 0, v.id, 0, v.size, v.name.encode()) for v in group.volumes]
+    for volume in group.volumes:
+        reason = volume.reason if volume.refuse else volume.sync
+        if reason is not None:
+            records.append(gap_open(volume, reason))
+    return records
+
+
+def _make_durable(group: Group) -> None:
+    """Everything that was written is synced, readers may see it, and the next start begins here."""
+    journal = group.journal
+    token = journal.begin_sync()
+    if token is not None:
+        journal.sync(token)
+        journal.end_sync(token)
+    for volume in group.volumes:
+        try:
+            volume.primary.sync()
+        except OSError as e:
+            raise StorageError(f"The primary {volume.primary.address} cannot be synced: {e}.") from e
+        volume.dirty = False
+    group.publish()
+    group.save_state_now()
+    if group.hold_checkpoint:
+        return  # the old checkpoint says who the primaries were
+    seq = min(group.answered_seq, journal.durable_seq)
+    save(f"{group.folder}/bookmarks", group.bookmarks.content())
+    save(f"{group.folder}/checkpoint", group.checkpoint_content(seq, clean=False))
+    consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, seq)
+    journal.release()
+
+
+def close_group(group: Group) -> None:
+    """A clean stop: everything synced, readers see all of it, and the primaries' mtimes are recorded.
+
+    Blocks. What fails is logged: the next start then treats it as a kill.
+    """
+    journal = group.journal
+    try:
+        token = group.begin_sync()
+        if token is not None:
+            journal.sync(token)
+            journal.end_sync(token)
+        for volume in group.volumes:
+            volume.primary.sync()
+        group.publish()
+        group.save_state_now()
+        save(f"{group.folder}/bookmarks", group.bookmarks.content())
+        failed = group.journal_dead or any(v.sync_failed for v in group.volumes)
+        if not failed and not group.hold_checkpoint:
+            clean = group.answered_seq == journal.durable_seq
+            save(f"{group.folder}/checkpoint", group.checkpoint_content(group.answered_seq, clean))
+            consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, group.answered_seq)
+    except (OSError, StorageError) as e:
+        log.error("group %s: not stopped cleanly: %s", group.name, e)
+    for volume in group.volumes:
+        volume.primary.close()
+    journal.close()
+

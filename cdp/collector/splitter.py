@@ -1,0 +1,244 @@
+"""The export of a volume: every write goes to the journal first, then to the primary (promises 1, 2 and 3).
+
+This is the hot path. All writes that one receive brought become ONE journal append, then one `pwrite` each in
+journal order, then one answer for all of them. What is rare (zeroes, flushes, large and refused writes, upstream
+primaries) leaves that path as early as it can be told apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cdp import storage
+from cdp.collector.reads import ReadPool
+from cdp.errors import JournalFullError, StorageError
+from cdp.journal import batch
+from cdp.nbd import wire
+from cdp.nbd.contract import Export, Request
+
+if TYPE_CHECKING:
+    from cdp.collector.group import Group
+    from cdp.collector.volume import Volume
+    from cdp.nbd.connection import Connection
+
+log = logging.getLogger(__name__)
+
+# A WRITE record carries at most this much, so that a message of any carrier can hold it.
+PIECE_BYTES = 1 << 20
+# What one batch may hold, with room for what is still added to it.
+_BATCH_BYTES = batch.MAX_DATA_BYTES - PIECE_BYTES
+_BATCH_RECORDS = batch.MAX_RECORDS // 2
+# Bytes of READs that may be answered in the loop in one receive; more is read by the pool.
+_INLINE_READ_BYTES = 1 << 20
+_CHANGES = (wire.WRITE, wire.TRIM, wire.WRITE_ZEROES)
+
+
+class Splitter(Export):
+    """For all connections of a volume."""
+
+    multi_conn = True  # one loop, one primary: a FLUSH covers what any connection was answered
+    contexts = (wire.BASE_ALLOCATION,)
+
+    def __init__(self, volume: Volume, group: Group, reads: ReadPool) -> None:
+        self.size = volume.size
+        self.can_zero_fast = volume.primary.can_zero
+        self._volume, self._group, self._reads = volume, group, reads
+        self._id, self._primary = volume.id, volume.primary
+        self._fd = volume.primary.fd
+        self._inline = volume.primary.inline
+        self._batch_bytes = min(_BATCH_BYTES, group.journal.segment_bytes // 2)
+
+    def opened(self, connection: Connection) -> None:
+        self._volume.connections.add(connection)
+
+    def closed(self, connection: Connection) -> None:
+        self._volume.connections.discard(connection)
+
+    def submit(self, connection: Connection, requests: list[Request]) -> None:
+        pack, volume, fd = batch.DESCRIPTOR.pack, self._id, self._fd
+        writes: list[Request] = []
+        descriptors: list[bytes] = []
+        data_bytes = 0
+        plain, batch_bytes = self._inline, self._batch_bytes
+        for request in requests:
+            command, flags, cookie, offset, length, _ = request
+            if command == 1:  # wire.WRITE
+                if data_bytes + length > batch_bytes:
+                    self._commit(connection, writes, descriptors, data_bytes, plain)
+                    writes, descriptors, data_bytes = [], [], 0
+                data_bytes += length
+                writes.append(request)
+                if length <= PIECE_BYTES and not flags:
+                    descriptors.append(pack(1, 0, volume, length, offset, length))  # batch.WRITE
+                else:
+                    plain = False
+                    descriptors.append(_describe_write(volume, flags, offset, length))
+            elif command == 0:  # wire.READ
+                if length > _INLINE_READ_BYTES or fd < 0:
+                    self._reads.submit(connection, self._volume, cookie, offset, length)
+                    continue
+                view = connection.slot(cookie, offset, length)
+                try:
+                    if storage.preadv(fd, [view], offset, storage.RWF_NOWAIT) == length:
+                        continue
+                except OSError:
+                    pass  # not cached, or an error that the pool will meet again
+                connection.unslot()
+                self._reads.submit(connection, self._volume, cookie, offset, length)
+            elif command == wire.BLOCK_STATUS:
+                self._block_status(connection, flags, cookie, offset, length)
+            elif command == wire.CACHE:
+                self._reads.warm(connection, self._volume, cookie, offset, length)
+            elif command == wire.TRIM and not self._primary.can_zero:
+                connection.done(cookie)
+            else:
+                plain = False
+                writes.append(request)
+                descriptors.append(_describe_other(volume, command, flags, offset, length))
+        if writes:
+            self._commit(connection, writes, descriptors, data_bytes, plain)
+
+    def _commit(
+        self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool
+    ) -> None:
+        """Journal, primary, answers for what one receive brought."""
+        if not writes:
+            return
+        group, volume = self._group, self._volume
+        if volume.refuse or group.refuse:
+            return self._refuse(connection, writes, volume.refuse or group.refuse)
+        try:
+            first_seq = group.journal.append(b"".join(descriptors), [w[5] for w in writes if w[5]], data_bytes)
+        except JournalFullError as e:
+            group.stop("journal_full", str(e), errno.ENOSPC)
+            return self._refuse(connection, writes, errno.ENOSPC)
+        except OSError as e:
+            group.journal_died(e)
+            return self._refuse(connection, writes, errno.EIO)
+        except StorageError as e:  # a request that no segment can hold
+            log.error("volume %s: %s", volume.name, e)
+            return self._refuse(connection, writes, errno.EIO)
+        volume.dirty = group.active = True
+        group.dirty_bytes += data_bytes
+        if not plain:
+            (self._apply if self._inline else self._enqueue)(connection, writes, first_seq)
+            return
+        pwrite, fd, written = storage.pwrite, self._fd, 0
+        if fd >= 0:
+            try:
+                for _, _, _, offset, length, data in writes:
+                    if pwrite(fd, data, offset) != length:  # type: ignore[arg-type]
+                        break
+                    written += 1
+            except OSError:
+                pass  # met again, and dealt with, below
+            if written < len(writes):
+                connection.done_many([w[2] for w in writes[:written]])
+                return self._apply(connection, writes[written:], first_seq + written)
+        connection.done_many([w[2] for w in writes])
+
+    def _apply(self, connection: Connection, writes: list[Request], seq: int) -> None:
+        """One request after the other onto an inline primary, whatever they are."""
+        primary, group = self._primary, self._group
+        answered = []
+        for request in writes:
+            command, flags, cookie, offset, length, data = request
+            try:
+                if data is not None:
+                    primary.write(offset, data)
+                elif command != wire.FLUSH:
+                    primary.zero(offset, length, not flags & wire.NO_HOLE)
+            except OSError as e:
+                connection.fail(cookie, e.errno or errno.EIO)
+                group.refused(self._volume, offset, length, seq)
+            else:
+                if command == wire.FLUSH or flags & wire.FUA:
+                    group.flusher.wait(self._volume, partial(_answer, connection, cookie))
+                else:
+                    answered.append(cookie)
+            seq += _records(request)
+        if answered:
+            connection.done_many(answered)
+        group.settle()
+        group.flusher.kick()
+
+    def _enqueue(self, connection: Connection, writes: list[Request], seq: int) -> None:
+        """The same for a primary that answers later: its queue keeps the order, copies keep the data."""
+        group, volume = self._group, self._volume
+        for request in writes:
+            command, flags, cookie, offset, length, data = request
+            if command == wire.FLUSH:
+                group.flusher.wait(volume, partial(_answer, connection, cookie))
+            else:
+                group.upstream_write(
+                    volume, seq, offset, length, None if data is None else bytes(data),
+                    not flags & wire.NO_HOLE, self._answer_of(connection, cookie, flags),
+                )  # fmt: skip
+            seq += _records(request)
+        group.flusher.kick()
+
+    def _answer_of(self, connection: Connection, cookie: bytes, flags: int) -> Callable[[OSError | None], None]:
+        answer = partial(_answer, connection, cookie)
+        if not flags & wire.FUA:
+            return answer
+
+        def durable(error: OSError | None) -> None:
+            if error is not None:
+                return answer(error)
+            self._group.flusher.wait(self._volume, answer)
+            self._group.flusher.kick()
+
+        return durable
+
+    def _refuse(self, connection: Connection, writes: list[Request], number: int) -> None:
+        """Nothing was journaled: changes fail; a FLUSH has only what was answered before to make durable."""
+        for command, _, cookie, _, _, _ in writes:
+            if command in _CHANGES or self._group.journal_dead:
+                connection.fail(cookie, number)
+            else:
+                self._group.flusher.wait(self._volume, partial(_answer, connection, cookie))
+        self._group.flusher.kick()
+
+    def _block_status(self, connection: Connection, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        found = []
+        for stretch, data in self._primary.extents(offset, offset + length):
+            found.append((stretch, 0 if data else wire.STATE_HOLE | wire.STATE_ZERO))
+            if flags & wire.REQ_ONE:
+                break
+        connection.extents(cookie, wire.BASE_ALLOCATION, found)
+
+
+def _answer(connection: Connection, cookie: bytes, error: OSError | None) -> None:
+    if error is None:
+        connection.done(cookie)
+    else:
+        connection.fail(cookie, error.errno or errno.EIO)
+
+
+def _records(request: Request) -> int:
+    """How many records a request became."""
+    return 1 if request[5] is None else -(-request[4] // PIECE_BYTES)
+
+
+def _describe_write(volume: int, flags: int, offset: int, length: int) -> bytes:
+    """One WRITE, or pieces of at most PIECE_BYTES, all but the last CONTINUED."""
+    fua = batch.FUA if flags & wire.FUA else 0
+    pieces = []
+    for at in range(0, length, PIECE_BYTES):
+        size = min(PIECE_BYTES, length - at)
+        more = fua if at + size == length else batch.CONTINUED
+        pieces.append(batch.DESCRIPTOR.pack(batch.WRITE, more, volume, size, offset + at, size))
+    return b"".join(pieces)
+
+
+def _describe_other(volume: int, command: int, flags: int, offset: int, length: int) -> bytes:
+    if command == wire.FLUSH:
+        return batch.DESCRIPTOR.pack(batch.BARRIER, 0, volume, 0, 0, 0)
+    marks = batch.FUA if flags & wire.FUA else 0
+    if command == wire.TRIM or not flags & wire.NO_HOLE:
+        marks |= batch.PUNCH
+    return batch.DESCRIPTOR.pack(batch.ZERO, marks, volume, 0, offset, length)

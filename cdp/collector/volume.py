@@ -1,0 +1,105 @@
+"""One protected volume inside the collector: what all of its rooms share about it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cdp.collector.primary import Primary
+
+if TYPE_CHECKING:
+    from cdp.nbd.connection import Connection
+
+Reason = dict[str, str]  # {"code", "text"}
+
+
+@dataclass(frozen=True)
+class VolumeSpec:
+    """A volume as configured: `primary` is `file:PATH`, `nbd://…`, `nbd+unix://…` or `none`."""
+
+    name: str
+    primary: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """A group as configured. `consumers` get the whole journal from its first record on."""
+
+    name: str
+    volumes: list[VolumeSpec]
+    ack: str = "local"
+    consumers: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a pass over a whole volume has come, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A region whose content an asynchronous primary was asked for: `touched` by a write journaled since."""
+
+    start: int
+    end: int
+    touched: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Volume:
+    """Owned by the loop's thread."""
+
+    name: str
+    id: int
+    size: int
+    primary: Primary
+    refuse: int = 0  # errno for every write to this volume, 0: none
+    reason: Reason | None = None  # why it is refused
+    sync: Reason | None = None  # why a whole-volume pass must be made; durable until that has ended
+    lock: str | None = None  # SHA-256 of the secret that a rollback holds the volume with
+    dirty: bool = False  # took something since its last sync began
+    sync_failed: bool = False  # flushes fail until what it took since the checkpoint is written again
+    cold_reads: int = 0  # under way in the pool
+    progress: Progress | None = None
+    watches: list[Watch] = field(default_factory=list)
+    connections: set[Connection] = field(default_factory=set)
+
+    @property
+    def state(self) -> str:
+        """One of `stopped`, `rolling_back`, `syncing`, `resyncing`, `protected`."""
+        if self.refuse:
+            return "stopped"
+        if self.lock is not None:
+            return "rolling_back"
+        if self.sync is not None:
+            return "syncing" if self.sync["code"] == "initial_sync" else "resyncing"
+        return "protected"
+
+    def opens_with(self, secret: str) -> bool:
+        """Whether `secret` is the one that holds the volume's rollback lock."""
+        return self.lock is not None and hmac.compare_digest(self.lock, secret_hash(secret))
+
+    def figures(self) -> dict[str, Any]:
+        """See Control in ARCHITECTURE.md."""
+        progress = self.progress
+        return {
+            "id": self.id,
+            "size": self.size,
+            "state": self.state,
+            "reason": self.reason or self.sync,
+            "primary": self.primary.address,
+            "clients": len(self.connections),
+            "progress": progress
+            and {"done_bytes": progress.done_bytes, "total_bytes": progress.total_bytes},
+        }
+
+
+def secret_hash(secret: str) -> str:
+    """What is kept of a rollback's secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
