@@ -1,0 +1,175 @@
+"""Blocks on their way into the undo log: zeros found, the rest compressed where it pays, each with its checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+from crc32c import crc32c
+
+from cdp.errors import CorruptionError
+from cdp.history.undo_format import (
+    BLOCK_BYTES,
+    RUN_BIT,
+    RUN_BLOCKS,
+    RUN_HEADER,
+    RUN_MIXED,
+    RUN_RAW,
+    RUN_ZERO,
+    VOLUME_SHIFT,
+    Array,
+)
+
+Buffer = bytes | bytearray | memoryview
+ZERO_BLOCK = bytes(BLOCK_BYTES)
+_ZERO_CRC = crc32c(ZERO_BLOCK)
+# A block that does not shrink by an eighth is stored raw: reading it then needs no decompression.
+_WORTH_BYTES = BLOCK_BYTES - BLOCK_BYTES // 8
+# After this many blocks in a row that did not shrink only every 64th is tried: trying costs 4 µs, as much as
+# everything else that is done to a block.
+_PATIENCE_BLOCKS = 16
+_SAMPLE_EVERY = 64
+_RUN_BYTES = RUN_BLOCKS * BLOCK_BYTES
+
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    1, source_size=BLOCK_BYTES, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False
+)
+
+
+class Extent(NamedTuple):
+    """What record `seq` replaces: `count` blocks of 4 KiB from `block`; `before` None means all zeros."""
+
+    volume: int
+    block: int
+    count: int
+    seq: int
+    before: Buffer | None
+
+
+class Packer:
+    """Turns extents into entry columns and blobs. One writer thread; remembers whether compression paid lately."""
+
+    def __init__(self, compress: bool) -> None:
+        self._compress = compress
+        self._zstd = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+        self._failures = 0
+
+    def pack(self, extents: Sequence[Extent], fast: bool) -> Packed:
+        """`fast` stores raw. Offsets count from the first blob."""
+        packed = Packed()
+        try_zstd = self._compress and not fast
+        for volume, block, count, seq, before in extents:
+            if count == 1:
+                packed.add(volume << VOLUME_SHIFT | block, seq, *self._store(before, try_zstd))
+            else:
+                self._pack_many(packed, volume << VOLUME_SHIFT | block, count, seq, before, try_zstd)
+        return packed
+
+    def _pack_many(
+        self, packed: Packed, code: int, count: int, seq: int, before: Buffer | None, try_zstd: bool
+    ) -> None:
+        view = None if before is None else memoryview(before)
+        at = 0
+        while count:
+            run = count >= RUN_BLOCKS and not code % RUN_BLOCKS
+            blocks = RUN_BLOCKS if run else 1
+            part = None if view is None else view[at : at + blocks * BLOCK_BYTES]
+            if run:
+                packed.add(code | RUN_BIT, seq, *self._store_run(part, try_zstd))
+            else:
+                packed.add(code, seq, *self._store(part, try_zstd))
+            code += blocks
+            at += blocks * BLOCK_BYTES
+            count -= blocks
+
+    def _store(self, before: Buffer | None, try_zstd: bool) -> tuple[Buffer | None, int, int]:
+        """(stored bytes, crc, length field) of one block."""
+        if before is None:
+            return None, 0, 0
+        crc = crc32c(before)
+        if crc == _ZERO_CRC and bytes(before) == ZERO_BLOCK:
+            return None, 0, 0
+        if try_zstd and (small := self._shrink(before, crc)) is not None:
+            return small, crc32c(small), len(small)
+        return before, crc, BLOCK_BYTES
+
+    def _shrink(self, before: Buffer, crc: int) -> bytes | None:
+        # The crc is as good as random, so that no regular pattern of writes can hide from the sample.
+        if self._failures >= _PATIENCE_BLOCKS and crc % _SAMPLE_EVERY:
+            return None
+        small: bytes = self._zstd.compress(before)
+        if len(small) <= _WORTH_BYTES:
+            self._failures = 0
+            return small
+        self._failures += 1
+        return None
+
+    def _store_run(self, view: memoryview | None, try_zstd: bool) -> tuple[Buffer | None, int, int, *tuple[Buffer, ...]]:
+        """As `_store`, with the stored blocks behind: the run's header is the first stored part."""
+        if view is None:
+            return None, 0, RUN_ZERO
+        stored, crcs, lengths = zip(
+            *(self._store(view[at : at + BLOCK_BYTES], try_zstd) for at in range(0, _RUN_BYTES, BLOCK_BYTES)),
+            strict=True,
+        )
+        if not any(lengths):
+            return None, 0, RUN_ZERO
+        header = RUN_HEADER.pack(*lengths, *crcs)
+        if min(lengths) == BLOCK_BYTES:
+            return header, crc32c(header), RUN_RAW, view
+        return header, crc32c(header), RUN_MIXED, *(s for s in stored if s is not None)
+
+
+class Packed:
+    """Columns of entries, and the blobs in the order of their offsets."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.seqs: list[int] = []
+        self.offsets: list[int] = []
+        self.crcs: list[int] = []
+        self.lengths: list[int] = []
+        self.blobs: list[Buffer] = []
+        self.blob_bytes = 0
+
+    def add(self, code: int, seq: int, stored: Buffer | None, crc: int, length: int, *more: Buffer) -> None:
+        self.codes.append(code)
+        self.seqs.append(seq)
+        self.offsets.append(self.blob_bytes)
+        self.crcs.append(crc)
+        self.lengths.append(length)
+        if stored is not None:
+            self.blobs.append(stored)
+            self.blob_bytes += len(stored)
+            for blob in more:
+                self.blobs.append(blob)
+                self.blob_bytes += len(blob)
+
+
+class Unpacker:
+    """Stored blocks back into blocks. One for each thread: a decompressor has state."""
+
+    def __init__(self) -> None:
+        self._zstd = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+
+    def block(self, stored: Buffer) -> Buffer:
+        """The 4 KiB of a stored block whose checksum was verified. Raises CorruptionError."""
+        if len(stored) == BLOCK_BYTES:
+            return stored
+        try:
+            data: bytes = self._zstd.decompress(stored, max_output_size=BLOCK_BYTES)
+        except zstandard.ZstdError as e:
+            raise CorruptionError(f"A stored block cannot be decompressed: {e}.") from e
+        if len(data) != BLOCK_BYTES:
+            raise CorruptionError(f"A stored block has {len(data)} bytes when decompressed.")
+        return data
+
+
+def run_parts(header: Buffer) -> tuple[list[int], list[int], list[int]]:
+    """(offsets from the run's blob, lengths, crcs) of a run's blocks."""
+    fields = RUN_HEADER.unpack(header)
+    lengths, crcs = list(fields[:RUN_BLOCKS]), list(fields[RUN_BLOCKS:])
+    ends: Array = np.cumsum([RUN_HEADER.size, *lengths])
+    return ends[:-1].tolist(), lengths, crcs
