@@ -3,8 +3,8 @@
 A bundle is what one sync of the undo log covers. While one is being synced and applied, the next is planned over it:
 a block's content is what this bundle made of it, else what the pending bundle will (the overlay), else the replica's.
 So a block written twice has the first write's result as the second's pre-image. A bundle is bounded by the bytes of
-its pre-images and patched blocks; a batch that exceeds that, or a ZERO that discards more, goes on in the next one, and only the
-bundle that a batch ends in carries it. A ZERO costs by the data that it discards: holes are skipped, not visited.
+its pre-images and patched blocks; a batch that exceeds that, or a ZERO that discards more, goes on in the next one,
+and only the bundle that a batch ends in carries it. A ZERO costs by the data that it discards: holes are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from cdp import storage
 from cdp.errors import CorruptionError
-from cdp.history.undo import Extent
+from cdp.history.blobs import Extent
 from cdp.journal.batch import (
     DESCRIPTOR,
     RESIZE,
@@ -37,11 +37,8 @@ _ZEROS = memoryview(bytes(_POOL_BYTES))
 _MASK = BLOCK_BYTES - 1
 
 
-class _Missing:
-    """Marks a block that neither this bundle nor the pending one has written."""
-
-
-_MISSING: Final = _Missing()
+# Marks a block that neither this bundle nor the pending one has written.
+_MISSING: Final = memoryview(b"")
 Known = dict[int, Content]
 
 
@@ -106,6 +103,10 @@ class Planner:
         self._overlay = done.results
         self._begin()
         return done
+
+    def size(self, volume: int) -> int:
+        """Of a volume, in bytes, behind all that was planned."""
+        return self._sizes[volume]
 
     def settled(self, bundle: Bundle) -> None:
         """Its results are in the replica."""

@@ -43,8 +43,10 @@ class Course:
         self.awaited: set[str] = set(plain.get("awaited", []))
 
     def plain(self) -> dict[str, Any]:
+        """A copy that `Course(…)` takes."""
         return {
-            "names": self.names, "gaps": self._gaps, "rollbacks": self._rollbacks, "awaited": sorted(self.awaited),
+            "names": dict(self.names), "gaps": dict(self._gaps), "rollbacks": dict(self._rollbacks),
+            "awaited": sorted(self.awaited),
         }  # fmt: skip
 
     def follow(self, record: Record) -> None:

@@ -30,6 +30,7 @@ class Position:
     volumes: list[tuple[int, str, str, int]] = field(default_factory=list)  # number, name, file, size
     course: dict[str, Any] = field(default_factory=dict)  # open gaps and rollbacks: course.py
     unequal: list[tuple[int, int, int, int]] = field(default_factory=list)  # seq, volume, offset, length: verify.py
+    history: str = "history"  # folder; a reset names a new one, and the others are removed at the next start
     # Files kept by a reset of the history until the volume of that name is declared: name -> file.
     kept: dict[str, str] = field(default_factory=dict)
 

@@ -56,8 +56,8 @@ class Verifier:
         unequal = [(o, n) for v, o, n in self._unequal if v == volume]
         if not unequal:
             return None
-        total = sum(n for _, n in unequal)
-        return reason("unequal", f"{total} bytes differ from the primary, the first at {min(unequal)[0]}. Resync the volume.")
+        total, first = sum(n for _, n in unequal), min(unequal)[0]
+        return reason("unequal", f"{total} bytes differ from the primary, from {first} on. Resync the volume.")
 
     def plain(self) -> list[Mismatch]:
         """For the committed position: the regions unequal now."""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cdp.errors import CorruptionError
-from cdp.history.undo import Extent
+from cdp.history.blobs import Extent
 from cdp.journal import batch as fmt
 from cdp.replica import bundle as bundle_module
 from cdp.replica.bundle import Bundle, Planner
