@@ -43,7 +43,7 @@ class Extent(NamedTuple):
 
     volume: int
     block: int
-    count: int
+    count: int  # type: ignore[assignment]  # the word of the contract; nobody counts in an extent
     seq: int
     before: Buffer | None
 
@@ -106,7 +106,9 @@ class Packer:
         self._failures += 1
         return None
 
-    def _store_run(self, view: memoryview | None, try_zstd: bool) -> tuple[Buffer | None, int, int, *tuple[Buffer, ...]]:
+    def _store_run(
+        self, view: memoryview | None, try_zstd: bool
+    ) -> tuple[Buffer | None, int, int, *tuple[Buffer, ...]]:
         """As `_store`, with the stored blocks behind: the run's header is the first stored part."""
         if view is None:
             return None, 0, RUN_ZERO

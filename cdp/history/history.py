@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history import retention
-from cdp.history.blobs import Extent
+from cdp.history.blobs import Buffer, Extent
 from cdp.history.changed import changed_blocks, to_extents
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, Position, keys_of, position_put, puts_of, read_position, volumes_with_runs
@@ -30,6 +30,8 @@ from cdp.history.view import View
 from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "History", "Pending", "Retained"]
+
+Raw = bytes  # the name is a property here
 
 
 class Pending:
@@ -91,7 +93,7 @@ class History:
                 if seq > committed_seq:
                     _note_first(first, code, seq, Place(bundle.ordinal, offset, crc, length))
         fetch = Fetcher(self.log)
-        runs: dict[tuple[int, int], list[bytes | bytearray | memoryview | None]] = {}
+        runs: dict[tuple[int, int], list[Buffer | None]] = {}
         for code in sorted(first):
             entry, seq, place = first[code]
             if entry & RUN_BIT:
@@ -271,7 +273,7 @@ class History:
         return self.log.bytes + self.entries.bytes()
 
     @property
-    def incarnations(self) -> list[tuple[int, bytes]]:
+    def incarnations(self) -> list[tuple[int, Raw]]:
         """(epoch, id) of the lives of the collector whose batches are in the log, oldest first; the newest 96."""
         return list(self.log.newest.incarnations) if self.log.newest else []
 
@@ -281,12 +283,12 @@ class History:
         return self.log.newest.last_crc if self.log.newest else 0
 
     @property
-    def group_id(self) -> bytes:
+    def group_id(self) -> Raw:
         """The journal that the log follows; b"" if it is empty."""
         return self.log.newest.group_id if self.log.newest else b""
 
     def view(self, replica_fd: int, volume: int, seq: int, size: int, applied_seq: int) -> View:
-        """A volume at a point. `size` is the volume's at that point, `applied_seq` what `View.changed` compares with."""
+        """A volume at a point. `size` is the volume's there, `applied_seq` what `View.changed` compares with."""
         return View(self, replica_fd, volume, seq, size, applied_seq)
 
     def changed_blocks(self, volume: int, after_seq: int, up_to_seq: int) -> tuple[Array, Array]:

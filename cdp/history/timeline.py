@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cdp.history.index_map import SortedMap
 from cdp.history.timeline_rows import (
@@ -33,7 +34,7 @@ class Point(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Points with from_seq <= seq < to_seq are withheld; `to_seq` None: still open. `volume` None: all of them."""
+    """Points of `volume` with from_seq <= seq < to_seq are withheld; `to_seq` None: still open."""
 
     volume: int
     from_seq: int
@@ -157,12 +158,12 @@ class Timeline:
         found = next(self._barriers(min(seq, self._bounds.applied_seq), volume), None)
         return Point(found, self.time_of(found)) if found is not None else None
 
-    def _barriers(self, last_seq: int, volume: int | None):  # type: ignore[no-untyped-def]
+    def _barriers(self, last_seq: int, volume: int | None) -> Iterator[int]:
         which = list(volumes_of(self._entries.cursor(), b"V")) if volume is None else [volume]
         found = (self._barriers_of(v, last_seq) for v in which)
         return heapq.merge(*found, reverse=True)
 
-    def _barriers_of(self, volume: int, last_seq: int):  # type: ignore[no-untyped-def]
+    def _barriers_of(self, volume: int, last_seq: int) -> Iterator[int]:
         for key, _ in rows_back(self._entries.cursor(), b"V", VOLUME_SEQ.pack(volume, last_seq)):
             of, seq = VOLUME_SEQ.unpack(key)
             if of != volume or seq < self._bounds.oldest_seq:
@@ -244,7 +245,7 @@ class Timeline:
         return [STEP_VALUE.unpack(value) for _, value in steps][::-1]
 
 
-def _about(raw: bytes) -> dict[str, object] | dict[str, list[object]]:
+def _about(raw: bytes) -> dict[str, Any]:
     try:
         found = json.loads(raw)
     except ValueError:

@@ -17,8 +17,18 @@ import numpy as np
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history.blobs import Buffer, Extent, Packed, Packer
-from cdp.history.meta import describe, header_of, kept_of
-from cdp.history.undo_format import PAGE_BYTES, ROW, Array, Bundle, BundleHeader, Closing, Opening, mix_many
+from cdp.history.meta import Parts, describe, header_of, kept_of
+from cdp.history.undo_format import (
+    MAX_INCARNATIONS,
+    PAGE_BYTES,
+    ROW,
+    Array,
+    Bundle,
+    BundleHeader,
+    Closing,
+    Opening,
+    mix_many,
+)
 from cdp.history.undo_segment import Descriptor, Segment, compress_meta
 from cdp.journal.batch import Batch
 
@@ -193,7 +203,7 @@ class UndoLog:
         parts = (headers, descriptors, notes)
         return self._write(header_of(parts, packed, self.synced_seq), parts, packed)
 
-    def _write(self, header: BundleHeader, parts: tuple[bytes, bytes, bytes], packed: Packed) -> Written:
+    def _write(self, header: BundleHeader, parts: Parts, packed: Packed) -> Written:
         if self._broken:
             raise StorageError("A sync of the undo log failed; it cannot be trusted any more.", "Restart the replayer.")
         meta = compress_meta(*parts)
@@ -230,7 +240,7 @@ class UndoLog:
             int.from_bytes(storage.random_bytes(8), "little"), self._next_ordinal, first_seq,
             before.ordinal if before else 0, before.end if before else 0, before.last_seq if before else first_seq - 1,
             before.last_crc if before else 0, before.group_id if before else bytes(16),
-            before.incarnations if before else [],
+            before.incarnations[-MAX_INCARNATIONS:] if before else [],
         )  # fmt: skip
         path = os.path.join(self.folder, f"undo-{first_seq:020d}-{self._next_ordinal:010d}")
         if self._spares:

@@ -103,6 +103,9 @@ class Opening:
     incarnations: list[tuple[int, bytes]]
     crc: int = 0
 
+    def __post_init__(self) -> None:
+        self.incarnations = [(epoch, name) for epoch, name in self.incarnations]
+
     def pack(self) -> bytes:
         """The header page; sets `crc`."""
         kept = self.incarnations[-MAX_INCARNATIONS:]
@@ -130,7 +133,7 @@ class Opening:
         crc = crc32c(lives, crc32c(page[: OPENING.size]))
         if CRC.unpack_from(page, OPENING.size)[0] != crc:
             return None
-        return cls(*fields[3:], incarnations=[(e, i) for e, i in INCARNATION.iter_unpack(lives)], crc=crc)
+        return cls(*[*fields[3:], INCARNATION.iter_unpack(lives), crc])
 
 
 @dataclass(slots=True)
@@ -209,7 +212,7 @@ class BundleHeader:
         crc = crc32c(raw[: BUNDLE.size])
         if CRC.unpack_from(raw, BUNDLE.size)[0] != crc or fields[-2] != prev_crc:
             return None
-        return cls(*fields[3:], crc=crc)
+        return cls(*[*fields[3:], crc])
 
 
 @dataclass(slots=True)

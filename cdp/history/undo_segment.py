@@ -34,7 +34,7 @@ _zstd = zstandard.ZstdCompressor(level=1)
 
 
 class Descriptor:
-    """A file descriptor that is closed when the last who uses it lets go, so that no reader's can be reused under it."""
+    """A file descriptor, closed when the last who uses it lets go: no reader's is reused under it."""
 
     __slots__ = ("fd",)
 
