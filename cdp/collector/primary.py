@@ -7,6 +7,7 @@ everything rarer. Upstream NBD, which is not inline, is in `primary_nbd`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat as stat_bits
@@ -128,10 +129,13 @@ class FilePrimary:
     def _probe_zero(self, size_bytes: int) -> bool:
         if self.is_device:
             return _device_zeroes(storage.fstat(self.fd).st_rdev)
+        before = storage.fstat(self.fd)
         try:
-            storage.punch_hole(self.fd, size_bytes, storage.PAGE_BYTES)  # behind the end: changes nothing
+            storage.punch_hole(self.fd, size_bytes, storage.PAGE_BYTES)  # behind the end: changes nothing but …
         except OSError:
             return False
+        with contextlib.suppress(PermissionError):  # … the mtime, which must go on telling who wrote it last
+            os.utime(self.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
         return True
 
     def read(self, offset: int, length: int) -> bytes:
