@@ -21,6 +21,7 @@ class Budget:
         self.used_bytes = 0
         # Input kept for connections that wait for budget: it must not keep them waiting for themselves.
         self.parked_bytes = 0
+        self.waiters = 0  # connections that wait for budget; nobody else gets some before them
         self._free: dict[int, list[bytearray]] = {}
         self._free_bytes = 0
 

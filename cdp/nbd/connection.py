@@ -22,11 +22,13 @@ from cdp.nbd.wire import (
     CHUNK_DATA_BYTES,
     CHUNK_DONE,
     CHUNK_MAGIC,
+    READ,
     REQ_ONE,
     SIMPLE,
     SIMPLE_BYTES,
     SIMPLE_MAGIC,
     TYPE_OFFSET_DATA,
+    WRITE,
     ProtocolError,
 )  # fmt: skip
 
@@ -45,7 +47,7 @@ class Connection:
         self.contexts: tuple[str, ...] = ()  # agreed metadata contexts: each is owed by every BLOCK_STATUS
         self.closed = False
         self.closing = False  # after DISC or a last word: goes when everything is answered and sent
-        self.intake: Intake  # from the end of the handshake on
+        self.intake: Intake | None = None  # from the end of the handshake on
         self.sock = sock
         self.fd = sock.fileno()
         self.interest = 0  # what epoll watches
@@ -75,12 +77,12 @@ class Connection:
 
     def done(self, cookie: bytes) -> None:
         """Success without payload."""
-        self._ok.append(cookie)
-        if not self._queued:
-            self._queue()
+        self.done_many((cookie,))
 
     def done_many(self, cookies: Iterable[bytes]) -> None:
         """The same for many at once."""
+        if self.closed:
+            return
         self._ok += cookies
         if not self._queued:
             self._queue()
@@ -124,7 +126,10 @@ class Connection:
             start = self._starts.pop()
             self._slots.at = start
             cookie = bytes(self._slots.buffer[start + 8 : start + 16])  # in both kinds of head
-        self._others.remove(cookie)
+        if self._others[-1] == cookie:
+            self._others.pop()
+        else:
+            self._others.remove(cookie)
 
     def _large_slot(self, cookie: bytes, offset: int, length: int) -> memoryview:
         if self._large is not None or not self.in_submit:
@@ -191,11 +196,17 @@ class Connection:
                 if command == BLOCK_STATUS:
                     self._statuses[cookie] = (length, flags, len(self.contexts))
         was_queued, self._queued, self.in_submit = self._queued, True, True
+        whole = False
         try:
             self.export.submit(self, requests)
+            whole = not self.closed
         finally:
             self.in_submit = False
             self._queued = was_queued
+            if not whole:
+                self._slots.at = 0  # what it answered is not sent, to nobody
+        if self.closed:
+            return
         if self.waiting or len(self._ok) + len(self._others) != len(requests):
             self._remember(requests)
         self.flush()
@@ -211,17 +222,21 @@ class Connection:
 
     def _remember(self, requests: Sequence[Request]) -> None:
         answered = {*self._ok, *self._others}
-        for request in requests:
-            if request[2] not in answered:
-                self.waiting[request[2]] = request[4]
-                self.waiting_bytes += request[4]
+        for command, _, cookie, _, length, _ in requests:
+            if cookie not in answered:
+                self.waiting[cookie] = payload = length if command in (READ, WRITE) else 0
+                self._wait_for(payload)
+
+    def _wait_for(self, payload_bytes: int) -> None:
+        self.waiting_bytes += payload_bytes
+        self._loop.budget.charge(payload_bytes)
 
     def flush(self) -> None:
         """One send with everything that was answered. Raises OSError when the socket is dead."""
         if self.waiting:
             for cookies in (self._ok, self._others):
                 for cookie in cookies:
-                    self.waiting_bytes -= self.waiting.pop(cookie, 0)
+                    self._wait_for(-self.waiting.pop(cookie, 0))
         parts: list[bytes | memoryview] = []
         if self._ok:
             parts.append(OK8.join((b"", *self._ok)))
@@ -256,11 +271,11 @@ class Connection:
         self.closed = True
         self.outbox.drop()
         self.waiting.clear()
-        self.waiting_bytes = 0
+        self._wait_for(-self.waiting_bytes)
         self._pieces.clear()
         self._statuses.clear()
         self._ok, self._others = [], []
-        if self.in_submit or hasattr(self, "intake"):
+        if self.intake is not None:
             self.intake.drop()
         if self._large is not None:
             self._loop.budget.give(self._large[1])

@@ -24,14 +24,17 @@ SMALL_BYTES = 16 << 10
 class Intake:
     """Made when the handshake ended. `first` is what was received behind it."""
 
-    __slots__ = ("parked_need", "held_bytes", "unparsed", "_connection", "_sock", "_budget", "_limits", "_parser",
-                 "_tail", "_shared", "_payload", "_payload_view", "_got", "_head")  # fmt: skip
+    __slots__ = (
+        "parked_need", "held_bytes", "unparsed", "admitted", "_admitted", "_connection", "_sock", "_budget",
+        "_limits", "_parser", "_tail", "_shared", "_payload", "_payload_view", "_got", "_head",
+    )  # fmt: skip
 
     def __init__(
         self, connection: Connection, parser: Parser, shared: memoryview, budget: Budget, limits: Limits, first: bytes
     ) -> None:
         self.parked_need = 0  # budget that must be there before anything goes on
-        self.held_bytes = 0  # received of a large payload, to see that it moves
+        self.held_bytes = 0  # received of a request with a large payload, to see that it moves
+        self.admitted = self._admitted = False
         self.unparsed = bool(first)  # the tail may hold whole requests: parse it before the next receive
         self._connection = connection
         self._sock: socket.socket = connection.sock
@@ -79,11 +82,19 @@ class Intake:
     def resume(self) -> None:
         """Goes on with what was received before the connection was blocked or parked."""
         tail = self._tail
-        self.parked_need = 0
-        self.unparsed = False
+        self._admitted = self.admitted
+        self.unparsed = self.admitted = False
         self._keep_tail(b"")
         self._shared[: len(tail)] = tail
-        self._process(0, len(tail))
+        try:
+            self._process(0, len(tail))
+        finally:
+            self._admitted = False
+
+    def admit(self) -> None:
+        """The budget has room for what is needed: `resume` may use it."""
+        self.parked_need = 0
+        self.admitted = True
 
     def _keep_tail(self, tail: bytes) -> None:
         for length, sign in ((len(self._tail), -1), (len(tail), 1)):
@@ -98,7 +109,7 @@ class Intake:
         if not got:
             return False
         self._got += min(got, missing)
-        self.held_bytes = self._got
+        self.held_bytes = REQUEST_BYTES + self._got
         if got >= missing:
             self._process(0, got - missing)
         return True
@@ -107,16 +118,19 @@ class Intake:
         """Everything complete in the shared buffer, and a payload that is, in as few batches as replies allow."""
         c, parser, shared = self._connection, self._parser, self._shared
         while True:
-            start = at
             at = parser.parse(shared, at, end)
-            payload = self._payload
-            if payload is None and parser.reply_bytes > BATCH_REPLY_BYTES and not self._admit(parser.reply_bytes):
-                self._park(shared[start:end], parser.reply_bytes)
-                return
-            if payload is not None and parser.reply_bytes > BATCH_REPLY_BYTES:
-                at, parser.requests = start, []  # the payload first, alone
+            need = parser.reply_bytes
+            if need > BATCH_REPLY_BYTES and (self._payload is not None or not self._admit(need)):
+                at -= REQUEST_BYTES  # a large READ, alone in its batch: not now
+                parser.requests = []
+            else:
+                need = 0
+            had_payload = self._payload is not None
             self._execute()
             if c.closed:
+                return
+            if need and not had_payload:
+                self._park(shared[at:end], need)
                 return
             rest = end - at
             if parser.disconnect:
@@ -161,11 +175,12 @@ class Intake:
         self._head = (head >> 16 & 0xFFFF, cookie, offset, length)
         self._payload = self._budget.take(length)
         self._payload_view = memoryview(self._payload)[:length]
-        self._got = self.held_bytes = len(part) - REQUEST_BYTES
+        self._got, self.held_bytes = len(part) - REQUEST_BYTES, len(part)
         self._payload_view[: self._got] = part[REQUEST_BYTES:]
 
     def _admit(self, length: int) -> bool:
-        return self._budget.fits(length)
+        """Whether the budget has room; who waits for it goes first."""
+        return (self._admitted or not self._budget.waiters) and self._budget.fits(length)
 
     def _park(self, rest: memoryview, need: int) -> None:
         self._keep_tail(bytes(rest))
