@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from appliance.replayer_child import ReplayerService
 from appliance.settings import child_settings
 from cdp.config import load
 from cdp.errors import CdpError, UnreachableError
-from cdp.nbd.loop import Exports, Limits, Loop
+from cdp.nbd.contract import Exports, Limits
+from cdp.nbd.loop import Loop
+from cdp.recovery.plan import plan
+from cdp.recovery.rollback import Rollback
 from tests.model.rig import read_point
 from tests.support.nbd import NbdClient
 from tests.support.running import Appliance, wait_for
@@ -171,8 +175,19 @@ class InProcessRig:
         answer = self.command(paths.REPLAYER, "points", {"name": next(iter(self.volumes)), "limit": 1})
         return int(answer["oldest"]["seq"])
 
-    def rollback(self, volumes: list[str], seq: int) -> tuple[int, int] | None:
-        return None
+    def rollback(self, volumes: list[str], seq: int) -> tuple[int, int]:
+        """The job itself, on this thread."""
+        job = plan(self, self.GROUP, volumes, f"seq:{seq}", None, time.time_ns()).job(disconnect=True)
+        path = self.appliance.folder / f"rollback-{len(list(self.appliance.folder.glob('rollback-*')))}"
+        collector, replayer = (f"unix:{self.appliance.socket(side)}" for side in (paths.COLLECTOR, paths.REPLAYER))
+        rollback = Rollback(str(path), job, self, collector, replayer)
+        try:
+            done = rollback.run()
+        finally:
+            rollback.close()
+        assert done.begin is not None and done.end is not None
+        self._wait_applied(done.end["seq"])
+        return int(done.begin["seq"]), int(done.end["seq"])
 
     def equal(self, volume: str) -> bool:
         answer = self.command(paths.COLLECTOR, "verify", {"volume": volume})

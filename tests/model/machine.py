@@ -79,7 +79,7 @@ class Machine(RuleBasedStateMachine):
     def write_split(self, seed: int, offset: int) -> None:
         data = random.Random(seed).randbytes(SPLIT_LENGTH)
         self.client("large").write(offset, data)
-        self.book.write("large", offset, data)
+        self.book.write("large", offset, data, split=True)
 
     @rule(volume=volumes, place=places, hole=st.booleans())
     def zero(self, volume: str, place: tuple[float, int, int], hole: bool) -> None:
@@ -127,10 +127,7 @@ class Machine(RuleBasedStateMachine):
             return
         names = sorted(VOLUMES) if group else [volume]
         self.forget_clients()
-        ends = self.rig.rollback(names, mark.seq)
-        if ends is None:
-            return
-        begin, end = ends
+        begin, end = self.rig.rollback(names, mark.seq)
         self.book.mark(begin, f"rollback-{begin}")
         self.book.become({name: self.book.state(mark)[name] for name in names})
         self.book.mark(end, f"end of rollback-{begin}", frozenset(names))

@@ -119,6 +119,7 @@ class Appliance:
     window_size: str = ""
     segment_size: str = "4MiB"
     max_size: str = "4GiB"
+    disk: Path | None = None  # where the primaries are, if not in `folder`
     services: dict[str, Service] = field(default_factory=dict)
 
     @property
@@ -129,7 +130,7 @@ class Appliance:
         return self.folder / f"{side}.sock"
 
     def primary(self, volume: str) -> Path:
-        return self.folder / f"{volume}.raw"
+        return (self.disk or self.folder) / f"{volume}.raw"
 
     def write_config(self) -> None:
         lines = [
