@@ -26,7 +26,7 @@ COMMANDS = {
         "bookmark", "verify", "resync", "lock", "unlock", "rollback_begin", "rollback_end", "consumers",
         "consumer_remove", "trust", "clients",
     },
-    "replayer": {"points", "resolve", "diff", "wait", "verify_result", "pin", "unpin", "space"},
+    "replayer": {"points", "resolve", "diff", "wait", "verify_result", "pin", "unpin", "space", "reset"},
 }  # fmt: skip
 
 

@@ -37,13 +37,13 @@ class Client:
         path = f"/v1/command/{name}?timeout_seconds={timeout_seconds:g}"
         return self._call(role, "POST", path, arguments, timeout_seconds + MARGIN_SECONDS)
 
-    def collector(self, name: str, timeout_seconds: float = COMMAND_SECONDS, **arguments: Any) -> dict[str, Any]:
+    def collector(self, command: str, timeout_seconds: float = COMMAND_SECONDS, /, **arguments: Any) -> dict[str, Any]:
         """A command of the collector."""
-        return self.command(paths.COLLECTOR, name, arguments, timeout_seconds)
+        return self.command(paths.COLLECTOR, command, arguments, timeout_seconds)
 
-    def replayer(self, name: str, timeout_seconds: float = COMMAND_SECONDS, **arguments: Any) -> dict[str, Any]:
+    def replayer(self, command: str, timeout_seconds: float = COMMAND_SECONDS, /, **arguments: Any) -> dict[str, Any]:
         """A command of the replayer."""
-        return self.command(paths.REPLAYER, name, arguments, timeout_seconds)
+        return self.command(paths.REPLAYER, command, arguments, timeout_seconds)
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """Every rollback job that the replayer's parent remembers, oldest first."""

@@ -83,9 +83,8 @@ def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | No
 
 
 def gap(found: dict[str, Any]) -> dict[str, Any]:
-    """A gap with printed times."""
-    kept = {k: v for k, v in found.items() if not k.endswith("_ns")}
-    return kept | {k.removesuffix("_ns"): iso_utc(v) for k, v in found.items() if k.endswith("_ns") and v is not None}
+    """A gap: its first withheld point, the first good one after it (null: still open), and why."""
+    return {"from": point(found["from"]), "to": point(found["to"]) if found["to"] else None, "reason": found["reason"]}
 
 
 def _volume(configured: dict[str, Any], c: Figures | None, r: Figures | None) -> Figures:

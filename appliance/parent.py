@@ -43,7 +43,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(role: str, config: Config, config_path: str) -> int:
+def run(role: str, config: Config) -> int:
     """Until SIGTERM or Ctrl-C (0), or until the child cannot start the first time: raises its CdpError."""
     die_with_parent()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -55,14 +55,14 @@ def run(role: str, config: Config, config_path: str) -> int:
     except OSError as e:
         raise StorageError(f"The state folder {home} cannot be used: {e.strerror}.", "Set `state_dir`.") from None
     try:
-        return asyncio.run(_serve(role, config, config_path))
+        return asyncio.run(_serve(role, config))
     finally:
         os.close(lock)
 
 
-async def _serve(role: str, config: Config, config_path: str) -> int:
+async def _serve(role: str, config: Config) -> int:
     supervisor = Supervisor(role, MODULES[role], child_settings(role, config))
-    rollbacks = RollbackJobs(config, config_path, supervisor) if role == paths.REPLAYER else None
+    rollbacks = RollbackJobs(config, supervisor) if role == paths.REPLAYER else None
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -18,6 +18,15 @@ def api_socket(state_dir: str, role: str) -> str:
     return os.path.join(folder(state_dir, role), "api.sock")
 
 
+def client_address(listen: list[str]) -> str:
+    """Where a client on this machine connects: a unix socket if there is one, else TCP."""
+    address = next((a for a in listen if a.startswith("unix:")), listen[0])
+    for anywhere, here in (("tcp:0.0.0.0:", "tcp:127.0.0.1:"), ("tcp:[::]:", "tcp:[::1]:")):
+        if address.startswith(anywhere):
+            return here + address.removeprefix(anywhere)
+    return address
+
+
 class ShortPath:
     """A path to a file in a folder that fits a socket address however deep the folder lies (through /proc)."""
 

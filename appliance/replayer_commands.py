@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,8 @@ MAX_WAITS = 8
 MAX_WAIT_SECONDS = 3600.0
 # Pins asked for over control: a rollback holds one for each group.
 MAX_PINS = 64
+# Why a group may stand still for good, so that only a new history helps: the journal jumps, or continues another one.
+RESET_CODES = ("hole", "forked", "fenced")
 
 
 class GroupSource:
@@ -60,6 +61,7 @@ class Commands:
             "pin": self._pin,
             "unpin": self._unpin,
             "space": self._space,
+            "reset": self._reset,
         }
 
     def attach(self, loop: Loop) -> None:
@@ -165,9 +167,18 @@ class Commands:
 
     def _space(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Free bytes where the history of a group grows."""
-        self._group(arguments["group"])
-        lock_folder = os.path.dirname(self._group(arguments["group"]).folder)
-        return {"free_bytes": storage.free_bytes(lock_folder)}
+        return {"free_bytes": storage.free_bytes(self._group(arguments["group"]).folder)}
+
+    def _reset(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A new history behind `after_seq`, for a group that cannot go on with the one it has."""
+        replayer = self._group(arguments["group"])
+        code = (replayer.reason or {}).get("code")
+        if replayer.state != "forked" and code not in RESET_CODES:
+            raise RefusedError(
+                f"The history of {arguments['group']} is in order; it is not thrown away.", "", code="busy"
+            )
+        replayer.reset_history(int(arguments["after_seq"]))
+        return {}
 
     def _wait(self, arguments: dict[str, Any], done: Done) -> None:
         replayer = self._group(arguments["group"])

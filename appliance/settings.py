@@ -26,3 +26,14 @@ def child_settings(role: str, config: Config) -> dict[str, Any]:
             for group in config.groups
         ],
     }
+
+
+def rollback_settings(config: Config, path: str, direction: str | None) -> dict[str, Any]:
+    """What the process of the rollback job at `path` is told; `direction` None: as the job says."""
+    return {
+        "path": path,
+        "direction": direction,
+        "state_dir": config.appliance.state_dir,
+        "collector": paths.client_address(config.collector.listen),
+        "replayer": paths.client_address(config.replayer.listen),
+    }

@@ -100,7 +100,9 @@ class Supervisor:
         try:
             while line := await reader.readline():
                 self._receive(json.loads(line))
-        except (ValueError, ConnectionError) as e:
+        except ConnectionError:
+            pass  # it ended with something of ours unread
+        except ValueError as e:
             log.error("%s sent what cannot be read: %s", self.role, e)
             self._process.kill()
         await self._process.wait()

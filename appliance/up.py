@@ -71,7 +71,7 @@ class Part:
         try:
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except TimeoutError:
-            log.error("cdp %s did not stop within %.0f s and is killed; the next start recovers", self.role, STOP_SECONDS)
+            log.error("cdp %s did not stop within %.0f s and is killed", self.role, STOP_SECONDS)
             process.kill()
             await process.wait()
 

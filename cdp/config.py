@@ -38,6 +38,8 @@ MAX_VOLUME_BYTES = 1 << 52
 # A sector: what a guest's disk is made of.
 SECTOR_BYTES = 512
 
+_SIZE = re.compile(r"\s*(\d{1,18})(?:\.(\d{1,6}))?\s*([A-Za-z]*)\s*", re.ASCII)
+_DURATION = re.compile(r"\s*(\d{1,9})(?:\.(\d{1,6}))?\s*(ms|s|m|h|d|w)\s*", re.ASCII)
 _SIZE_UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGTP", 1)
@@ -53,7 +55,7 @@ def parse_size(value: object) -> int:
     """Bytes from `64MiB`, `1.5GiB`, `10GB` or a plain number of bytes. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    match = re.fullmatch(r"\s*(\d{1,18})(?:\.(\d{1,6}))?\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[3] not in _SIZE_UNITS:
         raise ValueError(f"{value!r} is no size; write it like 512B, 64MiB, 10GiB or 1TiB")
     return _exact(match[1], match[2], _SIZE_UNITS[match[3]], value)
@@ -61,7 +63,7 @@ def parse_size(value: object) -> int:
 
 def parse_duration_ns(value: object) -> int:
     """Nanoseconds from `500ms`, `90s`, `10m`, `24h`, `7d` or `2w`. Raises ValueError (also without a unit)."""
-    match = re.fullmatch(r"\s*(\d{1,9})(?:\.(\d{1,6}))?\s*(ms|s|m|h|d|w)\s*", value) if isinstance(value, str) else None
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{value!r} is no duration; write it with its unit, like 90s, 10m, 24h or 7d")
     return _exact(match[1], match[2], _DURATION_UNITS_NS[match[3]], value)
@@ -158,7 +160,7 @@ class _Section(BaseModel):
 class Appliance(_Section):
     """`[appliance]`"""
 
-    state_dir: Path = Field(default="/var/lib/cdp", description="journal, replicas and history; where services keep state")
+    state_dir: Path = Field(default="/var/lib/cdp", description="journal, replicas and history; a service's place")
 
 
 class Collector(_Section):
@@ -184,13 +186,13 @@ class Replayer(_Section):
 class Journal(_Section):
     """`[journal]`"""
 
-    kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files here: nothing else to run")
+    kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files: nothing else to run")
     segment_size: Size = Field(
         default=64 << 20, description="big enough for long sequential writes, small enough to be freed soon",
         ge=1 << 20, le=4 << 30,
     )  # fmt: skip
     max_size: Size = Field(
-        default=20 << 30, description="of each group; some hours of a busy volume while the replayer is away", ge=8 << 20
+        default=20 << 30, description="of each group; hours of a busy volume while the replayer is away", ge=8 << 20
     )
 
     @model_validator(mode="after")
@@ -214,9 +216,9 @@ class Group(_Section):
     """`[[group]]`"""
 
     name: Name = Field(description="of its journal, for bookmarks and rollbacks of all its volumes")
-    window: Duration | None = Field(default=None, description="24h unless window_size is given: a day to notice a mistake")
+    window: Duration | None = Field(default=None, description="24h unless window_size is given: time to notice")
     window_size: Size | None = Field(default=None, description="no limit: history is kept by time alone", ge=64 << 20)
-    ack: Literal["local", "replicated"] = Field(default="local", description="nothing behind the journal slows production")
+    ack: Literal["local", "replicated"] = Field(default="local", description="nothing else slows production")
     max_lag: Duration = Field(default=60 * 10**9, description="a replayer that is a minute behind wants a look", gt=0)
     volumes: list[Volume] = Field(alias="volume", min_length=1, max_length=MAX_VOLUMES_IN_GROUP)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
+from appliance import paths
 from appliance.cli.context import Json, client, emit, named, named_volume, out, table
 
 # The collector answers when it has read and journaled what it must; the copy itself goes on behind.
 ANSWER_SECONDS = 60.0
+# Reasons of a replayer's group that only a new history helps.
+STUCK = ("hole", "forked", "fenced")
 consumer = typer.Typer(no_args_is_help=True, help="Who still needs the journal.")
 
 
-class Side(str, Enum):
+class Side(StrEnum):
     """Which one is right when primary and journal differ."""
 
     primary = "primary"
@@ -32,13 +35,29 @@ def add_to(app: typer.Typer) -> None:
 def resync(
     volume: Annotated[str, typer.Argument(help="The volume.")], as_json: Json = False
 ) -> None:
-    """Compare the whole primary with the replica's journal and heal what differs, while clients are served."""
-    _, chosen = named_volume(volume)
-    answer = client().collector("resync", ANSWER_SECONDS, volume=chosen.name)
+    """Journal the whole primary again and heal what differs, while clients are served.
+
+    It is the way out of `forked` and of a hole too: then history begins anew, with all volumes of the group.
+    """
+    group, chosen = named_volume(volume)
+    volumes = [v.name for v in group.volumes] if _reset_if_stuck(group.name) else [chosen.name]
+    answers = [client().collector("resync", ANSWER_SECONDS, volume=name) for name in volumes]
+    answer = answers[volumes.index(chosen.name)]
     if as_json:
         emit({"volume": chosen.name, **answer})
     else:
         out.print(f"The resync of {volume} runs; `cdp status` shows its progress. Points are offered from its end.")
+
+
+def _reset_if_stuck(group: str) -> bool:
+    """Whether the replayer could not go on with the history it has, and now begins a new one."""
+    figures = client().status(paths.REPLAYER)["figures"]
+    found = figures["groups"].get(group) if figures else None
+    if not found or (found["state"] != "forked" and (found["reason"] or {}).get("code") not in STUCK):
+        return False
+    journal = client().status(paths.COLLECTOR)["figures"]["groups"][group]["journal"]
+    client().replayer("reset", ANSWER_SECONDS, group=group, after_seq=max(0, journal["first_seq"] - 1))
+    return True
 
 
 def trust(

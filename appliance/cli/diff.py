@@ -41,5 +41,6 @@ def diff(
         shown.add_row(str(extent["offset"]), str(extent["length"]))
     if extents:
         out.print(shown)
-    more = f" ({len(extents) - SHOWN_EXTENTS} extents not shown; --json has all)" if len(extents) > SHOWN_EXTENTS else ""
+    hidden = len(extents) - SHOWN_EXTENTS
+    more = f" ({hidden} extents not shown; --json has all)" if hidden > 0 else ""
     out.print(f"{format_size(found['bytes'])} in {len(extents)} extents differ{more}.")

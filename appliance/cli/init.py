@@ -24,7 +24,8 @@ def init() -> None:
     try:
         fd = os.open(TARGET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
-        raise RefusedError("There is a ./cdp.toml already.", "Edit it, or go to another folder.", code="exists") from None
+        hint = "Edit it, or go to another folder."
+        raise RefusedError("There is a ./cdp.toml already.", hint, code="exists") from None
     with open(fd, "w", encoding="utf-8") as f:
         f.write(text)
     out.print(f"Wrote {os.path.abspath(TARGET)}: one group `shop` with one volume `db` of 1 GiB.")

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from appliance.cli import (
-    bookmark, check, collector_side, config, demo, diff, export, init, points, processes, rollback, status, verify,
+    bookmark,
+    check,
+    collector_side,
+    config,
+    demo,
+    diff,
+    export,
+    init,
+    points,
+    processes,
+    rollback,
+    status,
+    verify,
 )  # fmt: skip
 from appliance.cli.context import Options, show_error
 from cdp.errors import CdpError, RefusedError, StorageError, UsageError

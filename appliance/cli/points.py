@@ -54,7 +54,10 @@ def _page(answer: dict[str, Any], found: dict[str, Any]) -> Lines:
     for barrier in reversed(answer["barriers"][:10]):
         shown.add_row("[dim]barrier[/]", str(barrier["seq"]), barrier["time"])
     shown.add_row("newest", str(newest["seq"]), newest["time"])
-    gaps = [f"gap: seq {g['from']} to {g['to'] or 'open'}: {g['reason']}" for g in answer["gaps"]]
+    gaps = [
+        f"gap: seq {g['from']['seq']} to {g['to']['seq'] if g['to'] else 'open'}: {g['reason']['text']}"
+        for g in answer["gaps"]
+    ]
     hidden = len(answer["barriers"]) - 10
     more = [f"({hidden} more barriers with --json)"] if hidden > 0 else []
     return Lines(shown, "", f"The window is {age} long.", *more, *gaps)

@@ -35,4 +35,4 @@ def replayer() -> None:
 def _serve(role: str) -> None:
     from appliance import parent  # FastAPI and uvicorn take a third of a second; the other commands need neither
 
-    raise typer.Exit(parent.run(role, config(), config_path()))
+    raise typer.Exit(parent.run(role, config()))

@@ -69,7 +69,9 @@ def _page(answer: dict[str, Any]) -> Lines:
                 reasons.append(f"{part['name']}: {part['reason'].get('text')} ({part['reason'].get('code')})")
         if window["short"]:
             reasons.append(f"{group['name']}: the window is shorter than configured; give history more space")
-        reasons += [f"{group['name']}: gap: {gap}" for gap in window["gaps"]]
+        for gap in window["gaps"]:
+            end = gap["to"]["seq"] if gap["to"] else "open"
+            reasons.append(f"{group['name']}: gap from seq {gap['from']['seq']} to {end}: {gap['reason']['text']}")
     running = ", ".join(f"{role} {pid or 'not running'}" for role, pid in answer["processes"].items())
     verdict = "[green]healthy[/]" if answer["healthy"] else "[bold red]not healthy[/]"
     return Lines(shown, "", *dict.fromkeys(reasons), f"{verdict} ({running})")

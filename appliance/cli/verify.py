@@ -28,7 +28,8 @@ def verify(
     group, only = named(name)
     volumes = [only] if only else group.volumes
     if as_json and len(volumes) > 1:
-        raise UsageError("With --json, one volume is verified at a time.", f"Write: cdp verify {volumes[0].name} --json")
+        hint = f"Write: cdp verify {volumes[0].name} --json"
+        raise UsageError("With --json, one volume is verified at a time.", hint)
     equal = True
     for volume in volumes:
         taken = client().collector("verify", READ_SECONDS, volume=volume.name)

@@ -1,0 +1,170 @@
+"""`cdp rollback`: puts a volume or a group back to a point, onto the primaries."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from appliance import paths, rollback_child
+from appliance.cli.context import Json, client, config, emit, err, named, out, zone
+from appliance.rollbacks import ACTIONS, FOLDER
+from appliance.settings import rollback_settings
+from cdp import storage
+from cdp.config import Group, Volume
+from cdp.errors import NotFoundError, RefusedError, UnreachableError, UsageError, from_dict
+from cdp.recovery import job as jobs
+from cdp.recovery.plan import Plan, Space, plan
+from cdp.recovery.times import zone_named
+
+# Between two looks at a job: a progress bar that moves, at no cost.
+POLL_SECONDS = 0.1
+# A replayer's parent that is started again meanwhile is back by then.
+AWAY_SECONDS = 60.0
+_ANSWER = ("target", "bookmark", "begin", "end", "bytes", "extents", "group", "volumes", "direction")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        epilog="Examples: cdp rollback db --to -10m    cdp rollback shop --to before-upgrade --yes    "
+        "cdp rollback db --undo"
+    )(rollback)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A volume, or a group: all its volumes together.")],
+    to: Annotated[str | None, typer.Option(metavar="POINT", help="-10m, a bookmark, a time, seq:N …")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    disconnect: Annotated[bool, typer.Option("--disconnect", help="Cut off clients that have it open.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was interrupted.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Put back what was there when it began.")] = False,
+    abandon: Annotated[bool, typer.Option("--abandon", help="Unlock the volumes as they are.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a volume or a group back to a point. Nothing is lost: the state before it can be rolled back to as well."""
+    group, volume = named(name)
+    volumes = [volume] if volume else group.volumes
+    chosen = [action for action, wanted in zip(ACTIONS, (resume, undo, abandon), strict=True) if wanted]
+    if len(chosen) + (to is not None) != 1:
+        hint = f"For example: cdp rollback {name} --to -10m"
+        raise UsageError("Give one of --to, --resume, --undo and --abandon.", hint)
+    if chosen:
+        job: dict[str, Any] | None = _act(chosen[0], group, volumes)
+    else:
+        job = _begin(group, volumes, to or "", yes, dry_run, disconnect, as_json)
+    if job is None:
+        return
+    finished = job if not job["active"] else _follow(job, as_json)
+    if as_json:
+        emit({key: finished[key] for key in _ANSWER})
+    else:
+        _report(finished)
+
+
+def _begin(
+    group: Group, volumes: list[Volume], to: str, yes: bool, dry_run: bool, disconnect: bool, as_json: bool
+) -> dict[str, Any] | None:
+    """The started job; None after a dry run."""
+    for volume in volumes:
+        if volume.primary == "none":
+            raise RefusedError(f"{volume.name} has no primary to roll back.", "Export the point instead.",
+                               code="unsupported")  # fmt: skip
+    names = [volume.name for volume in volumes]
+    found = plan(client(), group.name, names, to, zone_named(zone()), storage.wall_ns())
+    if as_json and dry_run:
+        emit(found.to_json())
+        return None
+    if not as_json:
+        out.print("\n".join(found.describe()))
+    if dry_run:
+        return None
+    free = client().replayer("space", group=group.name)["free_bytes"]
+    found.check(Space(history_free_bytes=free, journal_room_bytes=None), disconnect)
+    if not yes:
+        _ask(found, as_json)
+    return client().begin_rollback(
+        {
+            "group": found.group, "volumes": found.volumes, "target_seq": found.target_seq,
+            "target_time_ns": found.target_time_ns, "expression": found.expression, "disconnect": disconnect,
+        }
+    )  # fmt: skip
+
+
+def _ask(found: Plan, as_json: bool) -> None:
+    console = err if as_json else out
+    console.print(f"Roll {' and '.join(found.volumes)} back? \\[y/N] ", end="")
+    try:
+        answer = input()
+    except EOFError:
+        console.print()
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise RefusedError("Declined; nothing was changed.", "Use --yes to roll back without being asked.",
+                           code="declined")  # fmt: skip
+
+
+def _act(action: str, group: Group, volumes: list[Volume]) -> dict[str, Any]:
+    names = {volume.name for volume in volumes}
+    try:
+        active = [job for job in client().rollbacks() if job["active"] and names & set(job["volumes"])]
+        if active:
+            return client().act_on_rollback(active[0]["id"], action)
+    except UnreachableError:
+        if action != "abandon":
+            raise
+        return _abandon_here(names)
+    raise NotFoundError(f"There is no unfinished rollback of {group.name if len(names) > 1 else names.pop()}.")
+
+
+def _abandon_here(names: set[str]) -> dict[str, Any]:
+    """Without the replayer and its parent: by this process, from the job's file."""
+    folder = os.path.join(paths.folder(config().appliance.state_dir, paths.REPLAYER), FOLDER)
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".json")) if os.path.isdir(folder) else []
+    for name in files:
+        path = os.path.join(folder, name)
+        job = jobs.load(path)
+        if job.active and names & set(job.volumes):
+            ended = rollback_child.run(rollback_settings(config(), path, jobs.ABANDON), lambda _: None, lambda _: None)
+            return ended.to_json() | {"active": False, "failure": None}
+    raise NotFoundError(f"There is no unfinished rollback of {', '.join(sorted(names))}.")
+
+
+def _follow(job: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """The job at its end, with a bar until then. Raises the error that it stopped with."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    pause, away_since = threading.Event(), 0.0
+    with Progress(*columns, console=err, disable=quiet, transient=True) as bar:
+        task = bar.add_task("lock", total=None)
+        while job["running"]:
+            pause.wait(POLL_SECONDS)
+            try:
+                job, away_since = client().rollback(job["id"]), 0.0
+            except UnreachableError:
+                away_since = away_since or storage.monotonic_ns() / 1e9
+                if storage.monotonic_ns() / 1e9 - away_since > AWAY_SECONDS:
+                    raise
+                continue
+            at = job["progress"]
+            if at:
+                text = f"{at['step']} {at['volume'] or ''}"
+                bar.update(task, description=text, completed=at["done_bytes"], total=at["total_bytes"] or None)
+    if job["failure"]:
+        raise from_dict(job["failure"], job["failure"]["exit_code"])
+    return job
+
+
+def _report(job: dict[str, Any]) -> None:
+    names = " and ".join(job["volumes"])
+    if job["direction"] == jobs.ABANDON:
+        out.print(f"The rollback of {names} was abandoned: unlocked as it is.")
+    elif job["direction"] == jobs.UNDO:
+        out.print(f"The rollback of {names} was undone: it is as it was when the rollback began.")
+    else:
+        out.print(f"[green]{names}[/] is as it was at seq {job['target']['seq']} ({job['target']['time']}), proven.")
+        out.print(f"{job['bytes'] or 0:,} bytes in {job['extents'] or 0:,} extents were written.")
+    if job["bookmark"]:
+        out.print(f"The state before it is the bookmark [bold]{job['bookmark']}[/].")
