@@ -56,6 +56,9 @@ class DurableFile:
         """Raises FileNotFoundError for a reader where there is no journal yet."""
         flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         self._fd = storage.open_file(f"{folder}/durable", flags)
+        if writable and storage.fstat(self._fd).st_size < 2 * SLOT_BYTES:
+            # Its block is there from the start: a disk that is full later must not keep readers back.
+            storage.pwrite(self._fd, bytes(2 * SLOT_BYTES), 0)
 
     def read(self) -> DurablePosition | None:
         """The newest whole slot; None if nothing was ever published (or both slots are damaged)."""

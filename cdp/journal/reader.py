@@ -13,7 +13,7 @@ from cdp import storage
 from cdp.errors import CorruptionError, ForkedError, HoleError
 from cdp.journal import consumers
 from cdp.journal.batch import Batch
-from cdp.journal.position import DurableFile, DurablePosition
+from cdp.journal.position import DurableFile, DurablePosition, read_durable
 from cdp.journal.segment import (
     FrameReader,
     SegmentHeader,
@@ -253,3 +253,18 @@ def batches_between(folder: str, after_seq: int, end: DurablePosition, header_on
             yield batch
     finally:
         cursor.close()
+
+
+def time_of(folder: str, seq: int) -> int | None:
+    """Order time of a published record, by walking the headers of its segment; None if it is not there (yet, or any
+    more). Costs up to some hundred reads: for answers to people, not for a loop. Raises CorruptionError, OSError."""
+    end = read_durable(folder)
+    if end is None or not 0 < seq <= end.seq:
+        return None
+    names = [name for name in list_segments(folder) if name <= seq]
+    if not names:
+        return None
+    for batch in batches_between(folder, names[-1] - 1, end, header_only=True):
+        if batch.last_seq >= seq:
+            return batch.order_ns + seq - batch.first_seq
+    return None

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cdp import storage
-from cdp.errors import CorruptionError, ForkedError
+from cdp.errors import CorruptionError, ForkedError, StorageError
 from cdp.journal import consumers
 from cdp.journal.batch import HEADER_BYTES, Batch, decode_header
 from cdp.journal.position import read_durable
@@ -157,18 +157,18 @@ class Recovery:
         """The batch header at the reader's offset, or behind the bad one there if either length of it leads on."""
         try:
             return frames.next(header_only=True)
-        except CorruptionError:
+        except StorageError:
             raw = storage.pread(fd, FRAME_BYTES + HEADER_BYTES, frames.offset)
         if len(raw) < FRAME_BYTES + HEADER_BYTES:
             return None
         start, lengths = frames.offset, {FRAME.unpack_from(raw)[0]}
-        with suppress(CorruptionError):  # then only the frame knows
+        with suppress(StorageError):  # then only the frame knows
             lengths.add(decode_header(raw[FRAME_BYTES:]).batch_bytes)
         for length in lengths:
             frames.offset = start + FRAME_BYTES + length
             try:
                 return frames.next(header_only=True)
-            except CorruptionError:
+            except StorageError:
                 continue
         return None
 

@@ -56,11 +56,7 @@ class Spares:
         return (len(self._ready) + len(self._idle) + self._in_job) * self._segment_bytes
 
     def give(self, path: str) -> None:
-        """A segment that nobody needs any more."""
-        self._idle.append(path)
-
-    def give_now(self, path: str) -> None:
-        """A segment that must not be met again by the next start: its name goes at once, the caller syncs."""
+        """A segment that nobody needs any more: its name goes at once (durably before it is written again)."""
         spare = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
         storage.rename(path, spare)
         self._idle.append(spare)
@@ -100,10 +96,9 @@ class Spares:
         if not self._job_done.is_set():
             return None
         wanted: list[str | None] = []
-        room = self._segment_bytes
         while len(self._ready) + len(wanted) < READY and self._idle:
             wanted.append(self._idle.popleft())
-        if not self._ready and not wanted and self._may_grow(live_bytes + room):
+        if not self._ready and not wanted and self._may_grow(live_bytes):
             wanted.append(None)
         surplus = [self._idle.popleft() for _ in range(len(self._idle) - KEEP)]
         if not wanted and not surplus:
@@ -130,10 +125,11 @@ class Spares:
         return live_bytes + self.bytes + self._segment_bytes <= self._max_bytes
 
     def _collect(self) -> None:
+        done = self._job_done.is_set()  # before the look at what it made
         while self._made:
             self._ready.append(self._made.popleft())
             self._in_job -= 1
-        if self._job_done.is_set():
+        if done:
             self._in_job = 0  # what the job could not make is gone or will be found by the next start
 
     def _run(self, wanted: list[str | None], surplus: list[str]) -> None:

@@ -98,7 +98,7 @@ class JournalWriter:
         self._spares = Spares(self.folder, self.segment_bytes, max_bytes)
         for name in end.discarded:
             if name != self.last_seq + 1:
-                self._spares.give_now(self._path(name))
+                self._spares.give(self._path(name))
         self._syncs = Syncs(self.folder)
         self._current_bytes = self.segment_bytes
         self._current = self._begin_segment(self._spares.take(self._ended_bytes()), at_once=True)
