@@ -263,11 +263,12 @@ class Planner:
     def _discard(self, volume: int, seq: int, first: int, last: int) -> Iterator[Bundle]:
         """Zeros for whole blocks: only where there is something else."""
         target = self._target(volume, seq)
-        for block in target.known(first, last):
-            before = target.content(block)
-            if before is not None:
-                self._bundle.extents.append(Extent(volume, block, 1, seq, before))
-                target.results[block] = None
+        # A block's first pre-image at a seq is the true one: those given here are not looked at again below, when
+        # their zeros may have reached the replica with an earlier part of this record.
+        given = {block for block in target.known(first, last) if target.content(block) is not None}
+        for block in given:
+            self._bundle.extents.append(Extent(volume, block, 1, seq, target.content(block)))
+            target.results[block] = None
         while (run := target.file.data_run(first, last)) is not None:
             first, end = max(first, run[0]), run[1]
             while first < end:
@@ -275,12 +276,13 @@ class Planner:
                     yield self._cut()
                 target = self._target(volume, seq)
                 stop = min(end, first + BUNDLE_BLOCKS - self._used)
-                self._discard_run(target, seq, first, stop)
+                self._discard_run(target, seq, first, stop, given)
                 first = stop
 
-    def _discard_run(self, target: Target, seq: int, first: int, end: int) -> None:
+    def _discard_run(self, target: Target, seq: int, first: int, end: int, given: set[int]) -> None:
         """What the replica holds in [first, end); known blocks are zeros already."""
-        for block in [*target.known(first, end), end]:
+        skipped = sorted({*target.known(first, end), *(b for b in range(first, end) if b in given)})
+        for block in [*skipped, end]:
             if block > first:
                 before = self._read(target, first, block - first)
                 if before is not None:

@@ -22,7 +22,7 @@ from cdp.journal.writer import JournalWriter
 from cdp.replica.replayer import Replayer
 
 CONSUMER = "replayer"
-SEGMENT_BYTES = 1 << 20
+SEGMENT_BYTES = 4 << 20
 WAIT_SECONDS = 30.0
 
 

@@ -108,6 +108,8 @@ def test_every_seq_can_be_put_back(tmp_path_factory, batches_of_ops, blocks) -> 
                 new[offset : offset + length] = data or bytes(length)
                 models.append({**models[-1], volume: bytes(new)})
         undo = run(replica, planned, batches)
+        covered = [(e.volume, block, e.seq) for e in undo for block in range(e.block, e.block + e.count)]
+        assert len(covered) == len(set(covered)), "two pre-images of one block at one seq"
         for at in range(len(models) - 1, -1, -1):
             put_back(replica, [e for e in undo if e.seq == at + 1], at)
             for volume in SIZES:
