@@ -9,11 +9,11 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_timeline import Gap, PlainTimeline
 
 from cdp.errors import NotFoundError, PointSyntaxError, RefusedError, UsageError
 from cdp.recovery import grammar, times
 from cdp.recovery.points import parse, resolve
+from tests.recovery.plain_timeline import Gap, PlainTimeline
 
 S = times.SECOND_NS
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -1,0 +1,316 @@
+"""Rollback: the steps that put volumes back to a point, as a job that survives its process.
+
+lock → begin → wait → copy → prove → end → unlock. Before each step the job's file says so durably, and each step can
+be done again, so a job that was killed anywhere goes on where it was. Nothing is destroyed: the copying is journaled
+like any write, behind the bookmark that BEGIN is; an undo copies BEGIN's content back in the same way.
+
+While it runs, processes it talks to may be started again: it waits for them and goes on, for as long as it has
+patience. What is refused for good ends it with its file in place, to be resumed, undone or abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cdp import storage
+from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, UnreachableError
+from cdp.recovery import job as jobs
+from cdp.recovery.control import Commands, Control
+from cdp.recovery.copying import Copier, measure, ranges
+from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PROVE, UNDO, UNLOCK, WAIT, Job
+from cdp.recovery.session import connect
+
+# A machine that restarts is back within this time; after it a person should look.
+PATIENCE_SECONDS = 600.0
+# How long a replayer that answers may take to reach BEGIN: its lag, which nothing bounds but this.
+LAG_SECONDS = 6 * 3600.0
+RETRY_SECONDS = 0.5
+# Bytes after which the copy is flushed and its progress kept: what a resume may have to copy again.
+CHECKPOINT_BYTES = 256 << 20
+# A region that every volume has, for a VERIFY whose seq lies behind everything written before it.
+_FENCE_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is; bytes are of the step's volume."""
+
+    step: str
+    direction: str
+    volume: str | None
+    done_bytes: int
+    total_bytes: int
+
+
+class Stopped(Exception):
+    """The process was asked to end; the job goes on in the next one."""
+
+
+class Rollback:
+    """Runs one job. Only one process can: the file's lock is held from here to `close`."""
+
+    def __init__(
+        self,
+        path: str,
+        job: Job,
+        control: Control,
+        collector_address: str,
+        replayer_address: str,
+        progress: Callable[[Progress], None] = lambda _: None,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.job = job
+        self._path = path
+        self._commands = Commands(control)
+        self._collector, self._replayer = collector_address, replayer_address
+        self._progress = progress
+        self._patience_ns = int(patience_seconds * 1e9)
+        self._stop = threading.Event()
+        self._pins: list[int] = []
+        self._attached = False
+        self._copied_again = False
+        self._lock = storage.lock_file(path + ".lock", 0.0, f"The rollback {path}")
+        self._steps: dict[str, Callable[[], str]] = {
+            LOCK: self._lock_volumes, BEGIN: self._begin, WAIT: self._wait, COPY: self._copy, PROVE: self._prove,
+            END: self._end, UNLOCK: self._unlock,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Lets the file go; idempotent."""
+        if self._lock >= 0:
+            storage.close(self._lock)
+            self._lock = -1
+
+    def stop(self) -> None:
+        """From another thread or a signal's handler: `run` ends with Stopped at the next occasion."""
+        self._stop.set()
+
+    # --- what a person can want
+
+    def run(self) -> Job:
+        """Goes on from wherever the job is, to its end. Raises CdpError, Stopped."""
+        self._save()
+        last_ok_ns = storage.monotonic_ns()
+        while self.job.active:
+            try:
+                if not self._attached and self.job.step in (BEGIN, WAIT, COPY, PROVE):
+                    self._attach()
+                self._enter(self._steps[self.job.step]())
+                last_ok_ns = storage.monotonic_ns()
+            except (CdpError, OSError) as e:
+                self._attached = False
+                self._note(e)
+                if isinstance(e, CdpError) and not self._may_pass(e):
+                    self._release_if_not_begun(e)
+                    raise
+                if storage.monotonic_ns() - last_ok_ns > self._patience_ns:
+                    raise self._given_up(e) from e
+                self._pause(RETRY_SECONDS)
+        return self.job
+
+    def _may_pass(self, error: CdpError) -> bool:
+        """What ends when processes run again or a disk has room; before the lock nobody waits for that."""
+        return isinstance(error, UnreachableError) or (error.code == "stopped" and self.job.step != LOCK)
+
+    def undo(self) -> Job:
+        """Puts back what was there at BEGIN. Raises RefusedError once the rollback is proven."""
+        self._interrupt(UNDO)
+        return self.run()
+
+    def abandon(self) -> Job:
+        """Unlocks the volumes as they are, without the replayer; points from END on are marked so."""
+        self._interrupt(ABANDON)
+        return self.run()
+
+    def _interrupt(self, direction: str) -> None:
+        job = self.job
+        if job.direction == direction:
+            return
+        if job.step in (END, UNLOCK, DONE):
+            hint = f"Roll back to {job.begin['bookmark']} for the state before it." if job.begin else ""
+            raise RefusedError(f"The rollback of {job.group} is over.", hint, code="busy")
+        if job.step == LOCK:
+            job.direction = direction
+            self._enter(UNLOCK)  # nothing was written, perhaps nothing locked
+            return
+        if job.begin is None:
+            self._learn_begin()
+        job.direction = direction
+        job.bytes, job.extents, job.copied_to = {}, {}, {}
+        self._attached = False
+        self._enter(END if direction == ABANDON else WAIT)
+
+    # --- the steps; each returns the next one
+
+    def _lock_volumes(self) -> str:
+        self._commands.wait(self.job.group, self.job.target_seq, 0.0)  # nobody is cut off for an absent replayer
+        for volume in self.job.volumes:
+            self._check_size(volume)
+        self._commands.lock(self.job.volumes, self.job.secret, self.job.disconnect)
+        return BEGIN
+
+    def _check_size(self, volume: str) -> None:
+        """A volume that grew since the point keeps its size, so the point does not fit it."""
+        sizes = []
+        for name in (f"{volume}@seq:{self.job.target_seq}", volume):
+            with connect(self._replayer, name) as client:
+                sizes.append(client.size)
+        if sizes[0] != sizes[1]:
+            raise RefusedError(
+                f"{volume} had {sizes[0]:,} bytes at that point and has {sizes[1]:,} now.",
+                "Export the point instead.",
+                code="unsupported",
+            )
+
+    def _attach(self) -> None:
+        """What a process of the appliance may have forgotten in a restart, and what a killed job may still hold."""
+        if self.job.begin is not None:
+            self._wait_applied(int(self.job.begin["seq"]))  # a killed replayer goes back a little first
+        self._release_pins()
+        self._pins.append(self._commands.pin(self.job.group, self.job.source_seq))
+        self._commands.lock(self.job.volumes, self.job.secret, True)
+        self._attached = True
+
+    def _begin(self) -> str:
+        self._learn_begin()
+        return WAIT
+
+    def _learn_begin(self) -> None:
+        job = self.job
+        for volume in job.volumes:
+            with connect(self._collector, f"{volume}!{job.secret}") as client:
+                client.flush()
+        job.begin = self._commands.begin(job.group, job.volumes, job.secret, job.target_seq, job.target_time_ns)
+
+    def _wait(self) -> str:
+        job = self.job
+        assert job.begin is not None
+        seq = int(job.begin["seq"])
+        if job.direction == UNDO:  # the difference to BEGIN is everything the forward copy has written until now
+            for volume in job.volumes:
+                fence = self._commands.verify(volume, [(0, _FENCE_BYTES)])
+                seq = max(seq, fence[1] if fence else 0)
+        self._wait_applied(seq)
+        return COPY
+
+    def _wait_applied(self, seq: int) -> None:
+        start_ns = storage.monotonic_ns()
+        while not self._commands.wait(self.job.group, seq):
+            self._check_stop()
+            if storage.monotonic_ns() - start_ns > LAG_SECONDS * 1e9:
+                raise StorageError(
+                    f"The replayer has not reached seq {seq} of {self.job.group}.",
+                    "See `cdp status`; resume, undo or abandon the rollback.",
+                )
+
+    def _copy(self) -> str:
+        for volume in self.job.volumes:
+            with self._copier(volume) as copier:
+                self.job.bytes[volume], self.job.extents[volume] = measure(copier.source)
+                start = self.job.copied_to.get(volume, 0)
+                for copied_to in copier.copy(start, CHECKPOINT_BYTES, self._on_bytes(volume)):
+                    self.job.copied_to[volume] = copied_to
+                    self._save()
+        return PROVE
+
+    def _prove(self) -> str:
+        """Every changed block read back from the primary against the point, then primary against replica in-band."""
+        for volume in self.job.volumes:
+            with self._copier(volume) as copier:
+                unequal = copier.compare(self._on_bytes(volume))
+                taken = self._commands.verify(volume, ranges(copier.source))
+            if taken is not None:
+                self._wait_applied(taken[1])
+                unequal += self._commands.mismatches(volume, *taken)
+            if unequal:
+                return self._not_equal(volume, unequal)
+        return END
+
+    def _not_equal(self, volume: str, unequal: list[tuple[int, int]]) -> str:
+        """Once, what differs is copied again (a collector healed regions meanwhile); then it is an error."""
+        if self._copied_again:
+            total = sum(length for _, length in unequal)
+            raise StorageError(
+                f"{volume} is not what it was at seq {self.job.source_seq}: {total:,} bytes differ, the first at "
+                f"{unequal[0][0]}.",
+                "Resume the rollback to copy them again, or undo it.",
+                code="not_equal",
+            )
+        self._copied_again = True
+        self.job.copied_to = {}
+        return COPY
+
+    def _end(self) -> str:
+        job = self.job
+        assert job.begin is not None
+        abandoned = job.direction == ABANDON
+        job.end = self._commands.end(job.group, job.volumes, job.secret, int(job.begin["seq"]), abandoned)
+        return UNLOCK
+
+    def _unlock(self) -> str:
+        self._commands.unlock(self.job.volumes, self.job.secret)
+        self._release_pins()
+        self.job.error = None
+        return DONE
+
+    # --- helpers
+
+    def _copier(self, volume: str) -> Copier:
+        job = self.job
+        return Copier(self._replayer, f"{volume}@seq:{job.source_seq}", self._collector, f"{volume}!{job.secret}")
+
+    def _on_bytes(self, volume: str) -> Callable[[int], None]:
+        def report(done_bytes: int) -> None:
+            self._report(volume, done_bytes)
+            self._check_stop()
+
+        return report
+
+    def _report(self, volume: str | None, done_bytes: int) -> None:
+        total = self.job.bytes.get(volume, 0) if volume else 0
+        self._progress(Progress(self.job.step, self.job.direction, volume, done_bytes, total))
+
+    def _enter(self, step: str) -> None:
+        self.job.step = step
+        self._save()
+        self._report(None, 0)
+
+    def _save(self) -> None:
+        jobs.save(self._path, self.job)
+
+    def _note(self, error: Exception) -> None:
+        self.job.error = str(error)
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is being told
+            self._save()
+
+    def _release_if_not_begun(self, error: CdpError) -> None:
+        """Refused before anything was written: the volumes are given back at once."""
+        if self.job.step not in (LOCK, BEGIN) or self.job.begin is not None or self.job.direction != FORWARD:
+            return
+        if isinstance(error, RefusedError | NotFoundError):
+            if self.job.step == BEGIN:
+                self._commands.unlock(self.job.volumes, self.job.secret)
+            self._release_pins()
+            self._enter(DONE)
+
+    def _release_pins(self) -> None:
+        for pin in self._pins:
+            self._commands.unpin(pin)
+        self._pins.clear()
+
+    def _given_up(self, error: Exception) -> UnreachableError:
+        return UnreachableError(
+            f"The rollback of {self.job.group} waits at step {self.job.step!r}: {error}",
+            "When the appliance runs again it goes on (`--resume`); `--undo` and `--abandon` end it.",
+        )
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+    def _pause(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+        self._check_stop()

@@ -1,6 +1,0 @@
-"""Lets the tests of this room import what they share."""
-
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(__file__))

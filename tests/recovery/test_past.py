@@ -1,0 +1,210 @@
+"""The past over NBD, served by a real replayer, read by real peers and by our own sessions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cdp.errors import CdpError, NotFoundError, RefusedError
+from cdp.nbd import wire
+from cdp.recovery.copying import ranges
+from cdp.recovery.export import nbd_uri
+from cdp.recovery.past import CHANGED
+from cdp.recovery.session import Session, connect
+from tests.conftest import find_peer
+from tests.recovery.serving import past, past_of, serving
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+BOTH = (wire.BASE_ALLOCATION, CHANGED)
+
+
+def read(session: Session, offset: int = 0, length: int | None = None) -> bytes:
+    length = session.size - offset if length is None else length
+    return bytes(session.pipeline.read(session.pipeline.send([(wire.READ, 0, offset, length, None)])[0]))
+
+
+def write(session: Session, offset: int, data: bytes) -> None:
+    session.pipeline.done(session.pipeline.send([(wire.WRITE, 0, offset, len(data), data)]))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Twelve steps of writes and zeros, a bookmark after each."""
+    chance = random.Random(7)
+    with past(tmp_path_factory.mktemp("past"), {"db": SIZE, "log": MIB}) as (made, address):
+        feed = made.feed
+        seqs = []
+        for step in range(12):
+            for _ in range(20):
+                offset = chance.randrange(SIZE - 40000)
+                feed.write(1, offset, chance.randbytes(chance.randrange(1, 40000)))
+            feed.zero(1, chance.randrange(SIZE // 2), chance.randrange(1, 200000))
+            feed.write(2, step * 4096, bytes([step + 1]) * 4096)
+            seqs.append(feed.bookmark(f"step-{step}"))
+            feed.flush()
+        made.caught_up()
+        yield made, address, seqs
+
+
+def test_every_name_reads_its_point(served):
+    made, address, seqs = served
+    model = made.feed.model
+    for step, seq in enumerate(seqs):
+        for name in (f"db@seq:{seq}", f"db@step-{step}"):
+            with connect(address, name) as session:
+                assert read(session) == model[seq][1]
+    for name in ("db", "db@now"):
+        with connect(address, name) as session:
+            assert read(session, 5, 99999) == model[seqs[-1]][1][5:100004]
+
+
+def test_a_printed_time_as_a_name_is_that_point(served):
+    from cdp.recovery.times import iso_utc
+
+    made, address, seqs = served
+    for seq in seqs[::4]:
+        printed = iso_utc(made.replayer.history.timeline.time_of(seq))
+        with connect(address, f"db@{printed}") as session:
+            assert read(session) == made.feed.model[seq][1]
+
+
+@pytest.mark.parametrize(
+    "name, kind, says",
+    [
+        ("db@", CdpError, "empty"), ("db@seq:999999999", RefusedError, "newest"), ("nothing", NotFoundError, "nothing"),
+        ("db@2020-01-01T00:00:00", CdpError, "time zone"), ("db@-5d", RefusedError, "window"),
+        ("db@never-made", NotFoundError, "never-made"), ("db@seq:0", RefusedError, "window"), ("", NotFoundError, ""),
+        ("db@2031-01-01T00:00:00Z", RefusedError, "future"),
+    ],
+)  # fmt: skip
+def test_refused_names_say_why(served, name, kind, says):
+    """Promise 8."""
+    with pytest.raises(kind, match=says):
+        connect(served[1], name).close()
+
+
+def test_a_point_stays_what_it_was_while_replay_goes_on(tmp_path):
+    """Promise 6: opened, then overwritten many times."""
+    with past(tmp_path, {"db": SIZE}) as (made, address):
+        made.feed.write(1, 0, os.urandom(MIB))
+        made.caught_up()
+        with connect(address, "db", BOTH) as session:
+            before = read(session)
+            for i in range(20):
+                made.feed.write(1, i * 50000, os.urandom(70000))
+                made.caught_up()
+                assert read(session) == before == made.feed.model[made.feed.writer.last_seq - i - 1][1]
+            assert list(ranges(session)) == []  # as of the connection's opening nothing differed
+
+
+def test_private_writes_are_seen_by_their_connection_alone(served):
+    made, address, seqs = served
+    content = bytearray(made.feed.model[seqs[3]][1])
+    with connect(address, f"db@seq:{seqs[3]}", BOTH) as session, connect(address, f"db@seq:{seqs[3]}") as other:
+        for offset, data in ((1, b"x" * 5000), (SIZE - 7, b"y" * 7), (MIB, os.urandom(MIB))):
+            write(session, offset, data)
+            content[offset : offset + len(data)] = data
+        session.pipeline.done(session.pipeline.send([(wire.WRITE_ZEROES, 0, 3 * MIB - 50, MIB // 2, None)]))
+        session.flush()
+        content[3 * MIB - 50 : 3 * MIB - 50 + MIB // 2] = bytes(MIB // 2)
+        assert read(session) == content
+        assert read(other) == made.feed.model[seqs[3]][1]
+        status = session.block_status(0, SIZE)
+        assert sum(length for length, _ in status[CHANGED]) == SIZE
+    with connect(address, f"db@seq:{seqs[3]}") as again:
+        assert read(again) == made.feed.model[seqs[3]][1]
+
+
+def test_what_changed_is_what_was_written_since(served):
+    made, address, seqs = served
+    for seq in seqs[::3]:
+        with connect(address, f"db@seq:{seq}", BOTH) as session:
+            then, now = made.feed.model[seq][1], made.feed.model[seqs[-1]][1]
+            found = bytearray(then)
+            for offset, length in ranges(session):
+                found[offset : offset + length] = now[offset : offset + length]
+            assert found == now  # nothing that differs is missing
+
+
+def test_a_point_that_left_the_window_is_an_error_and_never_other_bytes(tmp_path):
+    """Promise 6: a reader without a pin, while retention runs."""
+    with past(tmp_path, {"db": SIZE}, window_bytes=2 * MIB, segment_bytes=MIB) as (made, _):
+        first = made.feed.write(1, 0, b"first" * 1000)
+        made.caught_up()
+        from cdp.recovery.past import PastLimits
+
+        unpinned = past_of(made, tmp_path / "s", limits=PastLimits(pinned_points=0))
+        with serving(unpinned, tmp_path / "unpinned.sock") as address, connect(address, f"db@seq:{first}") as session:
+            held = made.feed.model[first][1]
+            for _ in range(400):
+                made.feed.write(1, 0, os.urandom(MIB // 2))
+                made.caught_up()
+                try:
+                    assert read(session) == held
+                except OSError as e:
+                    assert e.errno == 5
+                    break
+            else:
+                pytest.fail("the point never left the window")
+
+
+def test_open_points_are_pinned_until_closed(tmp_path):
+    with past(tmp_path, {"db": SIZE}) as (made, address):
+        with connect(address, "db"), connect(address, "db@now"):
+            assert len(made.replayer.pins.seqs()) == 2
+        with connect(address, "log-in-again") if False else connect(address, "db") as session:
+            read(session)  # the server has seen both goodbyes: it serves in order
+            assert len(made.replayer.pins.seqs()) <= 3
+
+
+# --- real peers
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_nbdinfo_lists_volumes_and_bookmarks(served):
+    _, address, seqs = served
+    listed = json.loads(run(find_peer("nbdinfo"), "--list", "--no-content", "--json", nbd_uri(address, "")))
+    names = [export["export-name"] for export in listed["exports"]]
+    assert names[:2] == ["db", "log"]
+    assert "db@step-0" in names and "log@step-11" in names
+    assert all(not export["can_multi_conn"] and not export["is_read_only"] for export in listed["exports"])
+
+
+def test_nbdinfo_maps_both_contexts(served):
+    made, address, seqs = served
+    uri = nbd_uri(address, f"db@seq:{seqs[8]}")
+    for context in BOTH:
+        extents = json.loads(run(find_peer("nbdinfo"), f"--map={context}", "--json", uri))
+        assert sum(extent["length"] for extent in extents) == SIZE
+
+
+def test_nbdcopy_and_qemu_img_read_the_same_bytes(served, tmp_path: Path):
+    made, address, seqs = served
+    uri = nbd_uri(address, f"db@seq:{seqs[5]}")
+    run(find_peer("nbdcopy"), uri, str(tmp_path / "copied.raw"))
+    run(find_peer("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", uri, str(tmp_path / "converted.qcow2"))
+    run(find_peer("qemu-img"), "compare", "-f", "raw", "-F", "qcow2", uri, str(tmp_path / "converted.qcow2"))
+    assert (tmp_path / "copied.raw").read_bytes() == made.feed.model[seqs[5]][1]
+    mapped = json.loads(run(find_peer("qemu-img"), "map", "--output=json", "-f", "raw", uri))
+    assert sum(extent["length"] for extent in mapped) == SIZE
+
+
+def test_qemu_io_writes_are_private(served):
+    made, address, seqs = served
+    uri = nbd_uri(address, f"db@seq:{seqs[5]}")
+    told = run(
+        find_peer("qemu-io"), "-f", "raw", "-c", "write -P 0xab 1000 9000", "-c", "read -P 0xab 1000 9000",
+        "-c", "write -z 1M 1M", "-c", "read -P 0 1M 1M", "-c", "flush", uri,
+    )  # fmt: skip
+    assert "failed" not in told
+    with connect(address, f"db@seq:{seqs[5]}") as session:
+        assert read(session) == made.feed.model[seqs[5]][1]
