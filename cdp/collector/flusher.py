@@ -78,6 +78,9 @@ class Flusher:
 
     def _begin(self) -> None:
         group = self._group
+        for volume in group.volumes:
+            if volume.sync_failed:
+                group.heal(volume)
         waiting, self._waiting = self._waiting, []
         whole, self._checkpoint_wanted = self._checkpoint_wanted, False
         # A checkpoint is the end of a batch: a refused write may be inside of one.
@@ -90,6 +93,7 @@ class Flusher:
         else:
             volumes = list({id(v): v for v, _ in waiting if v is not None and v.dirty}.values())
         round_.journal_ok = not group.journal_dead
+        round_.failed = {v.id for v in group.volumes if v.sync_failed}
         token = group.begin_sync()
         self._left = 1 + len(volumes)  # one for this function: a round never ends inside its own loop
         if token is not None:
@@ -113,8 +117,10 @@ class Flusher:
 
     def _primary_synced(self, round_: _Round, volume: Volume, _: object, error: BaseException | None) -> None:
         if error is not None:
-            volume.dirty = volume.sync_failed = True
+            round_.failed.add(volume.id)
             self._group.primary_sync_failed(volume, error)
+        elif volume.id not in round_.failed:
+            self._group.primary_synced(volume)
         self._one_less(round_)
 
     def _one_less(self, round_: _Round) -> None:
@@ -124,17 +130,18 @@ class Flusher:
         group = self._group
         group.publish()
         for volume, answer in round_.waiting:
-            good = round_.journal_ok and not (volume is not None and volume.sync_failed)
+            good = round_.journal_ok and not (volume is not None and volume.id in round_.failed)
             answer(None if good else OSError(errno.EIO, "the sync failed"))
-        if round_.seq and round_.journal_ok and not any(v.sync_failed for v in group.volumes):
+        if round_.seq and round_.journal_ok and not round_.failed:
             group.checkpoint(min(round_.seq, group.journal.durable_seq))
         self.kick()
 
 
 class _Round:
-    __slots__ = ("waiting", "seq", "journal_ok")
+    __slots__ = ("waiting", "seq", "journal_ok", "failed")
 
     def __init__(self, waiting: list[tuple[Any, Answer]], seq: int) -> None:
         self.waiting = waiting
         self.seq = seq  # what all primaries and the journal will be synced up to, 0: not a checkpoint's round
         self.journal_ok = True
+        self.failed: set[int] = set()  # volumes whose sync failed in this round, or that were not healed before it

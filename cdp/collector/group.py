@@ -17,6 +17,7 @@ from cdp.collector.bookmarks import Bookmarks
 from cdp.collector.flusher import Flusher
 from cdp.collector.refused import RefusedWrites
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
+from cdp.collector.tail import TailWriter
 from cdp.collector.volume import Reason, Volume
 from cdp.errors import CdpError, JournalFullError, StorageError
 from cdp.journal import batch, consumers
@@ -58,13 +59,13 @@ class Group:
         self.first_records: list[NewRecord] = []  # of this life, as long as they are not in the journal
         self._max_journal_bytes = max_journal_bytes
         self.start_resync: Callable[[Volume, Reason, int], bool] = lambda volume, reason, from_seq: False
-        self.heal: Callable[[Volume], None] = lambda volume: None
+        self.checkpoint_seq = 0  # of the newest checkpoint that is durable
         self.flusher = Flusher(self, worker, max_journal_bytes)
         self.refusals = RefusedWrites(self)
         self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
         self._state_store = Store(f"{folder}/group.json", worker)
         self._published = journal.durable_seq
-        self._checkpointing = self._preparing = False
+        self._checkpointing = self._preparing = self._healed = False
 
     # --- the journal
 
@@ -181,7 +182,31 @@ class Group:
     def primary_sync_failed(self, volume: Volume, error: BaseException) -> None:
         text = f"The primary of {volume.name} could not be synced: {error}. What it took is written again."
         log.error("%s", text)
+        volume.dirty = volume.sync_failed = True
         volume.reason = {"code": "sync_failed", "text": text}
+
+    def primary_synced(self, volume: Volume) -> None:
+        if volume.reason is not None and volume.reason["code"] == "sync_failed":
+            log.warning("volume %s: the primary is synced again", volume.name)
+            volume.reason = None
+
+    def heal(self, volume: Volume) -> None:
+        """Before a round: what the primary took since the checkpoint is written again, so that the round's sync says
+        whether it is durable (promise 3). Blocks the loop for it, at most once a second; reads in the pool would see
+        older content meanwhile, so they are let finish first.
+        """
+        if self._healed or volume.cold_reads or not volume.primary.inline:
+            return
+        self._healed = True
+        writer = TailWriter({volume.id: volume}, self.refused)
+        try:
+            for found in self.journal.batches_after(self.checkpoint_seq):
+                writer.apply(found)
+        except (OSError, StorageError) as e:
+            log.error("volume %s: what it took cannot be written again: %s", volume.name, e)
+            return
+        volume.sync_failed = False
+        self.settle()
 
     # --- refused writes
 
@@ -197,9 +222,9 @@ class Group:
 
     def second(self) -> None:
         """Once a second: heartbeat, and another try at whatever stopped the group."""
-        for volume in self.volumes:
-            if volume.sync_failed:
-                self.heal(volume)
+        self._healed = False
+        if any(volume.sync_failed for volume in self.volumes):
+            self.flusher.want_checkpoint()
         if self.refuse and not self.journal_dead:
             self._try_again()
         elif not self.active and not self.journal_dead:
@@ -265,7 +290,9 @@ class Group:
             self._checkpointing = False
             if error is not None:
                 log.error("group %s: the journal cannot be told of the checkpoint: %s", self.name, error)
-            elif not self.journal_dead:
+                return
+            self.checkpoint_seq = seq
+            if not self.journal_dead:
                 self.journal.release()
 
         self.bookmarks.save()

@@ -23,8 +23,9 @@ def lock_state(folder: str) -> int:
     return storage.lock_file(f"{folder}/lock", LOCK_WAIT_SECONDS, f"The collector's state folder {folder}")
 
 
-def lock_primary(fd: int, path: str, wait_seconds: float = LOCK_WAIT_SECONDS) -> None:
+def lock_primary(fd: int, path: str, wait_seconds: float | None = None) -> None:
     """Holds an image for as long as `fd` is open. Raises RefusedError (`locked`) when somebody else keeps it."""
+    wait_seconds = LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds
     end = storage.monotonic_ns() + int(wait_seconds * 1e9)
     while not all(storage.lock_ofd(fd, start, _QEMU_PERMISSIONS, True) for start in (_QEMU_TAKEN, _QEMU_UNSHARED)):
         if storage.monotonic_ns() >= end:

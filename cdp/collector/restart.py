@@ -126,7 +126,7 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
     group.first_records = _first_records(group)
     group.begin()
     if not group.journal_dead:
-        _make_durable(group)
+        _make_durable(group, checkpoint)
 
 
 def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int) -> None:
@@ -173,7 +173,7 @@ def _first_records(group: Group) -> list[NewRecord]:
     return records
 
 
-def _make_durable(group: Group) -> None:
+def _make_durable(group: Group, before: Checkpoint | None) -> None:
     """Everything that was written is synced, readers may see it, and the next start begins here."""
     journal = group.journal
     token = journal.begin_sync()
@@ -188,12 +188,16 @@ def _make_durable(group: Group) -> None:
         volume.dirty = False
     group.publish()
     group.save_state_now()
+    group.checkpoint_seq = before["seq"] if before else 0
     if group.hold_checkpoint:
         return  # the old checkpoint says who the primaries were
-    seq = min(group.answered_seq, journal.durable_seq)
+    if group.refusals.first_seq is not None:
+        return  # a checkpoint is the end of a batch; the rounds take one once this is settled
+    seq = journal.durable_seq
     save(f"{group.folder}/bookmarks", group.bookmarks.content())
     save(f"{group.folder}/checkpoint", group.checkpoint_content(seq, clean=False))
     consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, seq)
+    group.checkpoint_seq = seq
     journal.release()
 
 
@@ -214,10 +218,10 @@ def close_group(group: Group) -> None:
         group.save_state_now()
         save(f"{group.folder}/bookmarks", group.bookmarks.content())
         failed = group.journal_dead or any(v.sync_failed for v in group.volumes)
+        failed = failed or group.answered_seq != journal.durable_seq
         if not failed and not group.hold_checkpoint:
-            clean = group.answered_seq == journal.durable_seq
-            save(f"{group.folder}/checkpoint", group.checkpoint_content(group.answered_seq, clean))
-            consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, group.answered_seq)
+            save(f"{group.folder}/checkpoint", group.checkpoint_content(journal.durable_seq, clean=True))
+            consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, journal.durable_seq)
     except (OSError, StorageError) as e:
         log.error("group %s: not stopped cleanly: %s", group.name, e)
     for volume in group.volumes:

@@ -174,3 +174,12 @@ def qemu_io(runner: Runner, *commands: str, volume: str = "db") -> subprocess.Co
     return subprocess.run(
         ["qemu-io", "-f", "raw", *arguments, runner.uri(volume)], capture_output=True, text=True, timeout=60
     )
+
+
+def fio(runner: Runner, *arguments: str, volume: str = "db") -> Any:
+    """fio's own figures of one job against a volume."""
+    done = subprocess.run(
+        ["fio", "--name=x", "--ioengine=nbd", f"--uri={runner.uri(volume)}", "--output-format=json", *arguments],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from cdp import storage
+from cdp.collector import locks
 from cdp.collector.service import Collector, GroupSpec, VolumeSpec
 from cdp.errors import CdpError
 from cdp.nbd.contract import Limits
@@ -46,6 +47,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     if faults := config.get("slow_sync"):
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
+    locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
         GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))
         for g in config["groups"]
