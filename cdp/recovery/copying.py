@@ -2,7 +2,7 @@
 
 What differs comes from the `cdp:changed` context of the past's export, what of it is zeros from `base:allocation`:
 zeros become WRITE_ZEROES, which may punch holes, and cost nothing by their length. Nothing here grows with the volume
-or with what differs: extents are asked for as the copy proceeds, and a window bounds what is in flight.
+or with what differs: extents are asked for as the copy proceeds, and the requests in flight are bounded.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from cdp.nbd import wire
+from cdp.nbd.client import Client
 from cdp.recovery.past import CHANGED
-from cdp.recovery.pipeline import Extents, Request
-from cdp.recovery.session import Session, connect
 
-# A write of at most 1 MiB is one record.
-PIECE_BYTES = 1 << 20
-# Two windows are in flight: enough for both servers to be busy, and within what a server reads ahead of its answers.
-WINDOW_BYTES = 4 << 20
-WINDOW_PIECES = 512
-# One BLOCK_STATUS: a server answers for the beginning if this is too much for it.
-_STATUS_BYTES = 1 << 30
+# Requests in flight on a connection and the largest of them: enough to keep both servers busy with small extents, and
+# at most 16 MiB a connection with large ones. A write of at most 1 MiB is one record.
+DEPTH = 64
+PIECE_BYTES = 256 << 10
+# One BLOCK_STATUS or WRITE_ZEROES: a server answers for the beginning if a status is too much for it.
+_STEP_BYTES = 1 << 30
+# Places that differ after a copy: more of them say no more.
+_MAX_UNEQUAL = 1000
 _DIFFERS = 1
+Extents = list[tuple[int, int]]  # length, flags
 
 
 class Extent(NamedTuple):
@@ -33,10 +34,10 @@ class Extent(NamedTuple):
     zero: bool
 
 
-def extents(source: Session, start: int = 0, only_changed: bool = True) -> Iterator[Extent]:
+def extents(source: Client, start: int = 0, only_changed: bool = True) -> Iterator[Extent]:
     """What differs (or all that may hold data, if not `only_changed`) from `start` on, in order."""
     while start < source.size:
-        answer = source.block_status(start, min(_STATUS_BYTES, source.size - start))
+        answer = source.block_status(start, min(_STEP_BYTES, source.size - start))
         allocation = answer.get(wire.BASE_ALLOCATION, [])
         changed = answer.get(CHANGED, [])
         if not only_changed:
@@ -67,7 +68,7 @@ def _both(first: Extents, second: Extents) -> Iterator[tuple[int, int, int]]:
         a_left, b_left = a_left - length, b_left - length
 
 
-def measure(source: Session) -> tuple[int, int]:
+def measure(source: Client) -> tuple[int, int]:
     """(bytes, extents) that differ; neighbours count as one."""
     total = count = end = 0
     for extent in extents(source):
@@ -77,7 +78,7 @@ def measure(source: Session) -> tuple[int, int]:
     return total, count
 
 
-def ranges(source: Session) -> Iterator[tuple[int, int]]:
+def ranges(source: Client) -> Iterator[tuple[int, int]]:
     """(offset, length) of what differs, neighbours joined."""
     start = end = 0
     for extent in extents(source):
@@ -90,54 +91,22 @@ def ranges(source: Session) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _windows(parts: Iterable[Extent]) -> Iterator[list[Extent]]:
-    """The same in pieces that are one request each, in bunches that are in flight together."""
-    window: list[Extent] = []
-    room = WINDOW_BYTES
+def pieces(parts: Iterable[Extent]) -> Iterator[Extent]:
+    """The same in pieces that are one request each."""
     for offset, length, zero in parts:
         while length:
-            piece = length if zero else min(length, PIECE_BYTES - offset % PIECE_BYTES)
-            piece = min(piece, _STATUS_BYTES)
-            window.append(Extent(offset, piece, zero))
-            room -= 0 if zero else piece
+            piece = min(length, _STEP_BYTES if zero else PIECE_BYTES - offset % PIECE_BYTES)
+            yield Extent(offset, piece, zero)
             offset, length = offset + piece, length - piece
-            if room <= 0 or len(window) >= WINDOW_PIECES:
-                yield window
-                window, room = [], WINDOW_BYTES
-    if window:
-        yield window
-
-
-def _reads(window: list[Extent], zeros_too: bool = False) -> list[Request]:
-    return [(wire.READ, 0, e.offset, e.length, None) for e in window if zeros_too or not e.zero]
-
-
-def _read_ahead(source: Session, windows: Iterator[list[Extent]]) -> Iterator[tuple[list[Extent], list[int]]]:
-    """Each window with the cookies of its reads; the next window's reads are sent before this one is used."""
-    ahead: tuple[list[Extent], list[int]] | None = None
-    for window in windows:
-        sent = window, source.pipeline.send(_reads(window))
-        if ahead is not None:
-            yield ahead
-        ahead = sent
-    if ahead is not None:
-        yield ahead
-
-
-def read_extents(source: Session, parts: Iterable[Extent]) -> Iterator[tuple[int, bytearray]]:
-    """(offset, bytes) of every part that is not zeros, in order, read ahead."""
-    for window, cookies in _read_ahead(source, _windows(parts)):
-        for extent, cookie in zip((e for e in window if not e.zero), cookies, strict=True):
-            yield extent.offset, source.pipeline.read(cookie)
 
 
 class Copier:
     """A past export and the locked primary that gets its content."""
 
     def __init__(self, source_address: str, source_name: str, target_address: str, target_name: str) -> None:
-        self.source = connect(source_address, source_name, (wire.BASE_ALLOCATION, CHANGED))
+        self.source = Client.connect(source_address, source_name, (wire.BASE_ALLOCATION, CHANGED))
         try:
-            self.target = connect(target_address, target_name, (wire.BASE_ALLOCATION,))
+            self.target = Client.connect(target_address, target_name, (wire.BASE_ALLOCATION,))
         except BaseException:
             self.source.close()
             raise
@@ -152,62 +121,74 @@ class Copier:
     def copy(self, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
         """Copies what differs from offset `start` on; yields the offset up to which it is durable, now and then and
         at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
+        reads, writes = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
         done = since = 0
-        pipeline = self.target.pipeline
-        for window, cookies in _read_ahead(self.source, _windows(extents(self.source, start))):
-            pipeline.done(pipeline.send(self._writes(window, cookies)))
-            copied = sum(e.length for e in window)
-            done, since = done + copied, since + copied
+        for offset, length, zero in pieces(extents(self.source, start)):
+            if zero:
+                writes.zero(offset, length)
+            else:
+                reads.read(offset, length, writes.write)
+            done, since = done + length, since + length
             on_bytes(done)
             if since >= checkpoint_bytes:
+                reads.finish()
+                writes.finish()
                 self.target.flush()
                 since = 0
-                yield window[-1].offset + window[-1].length
+                yield offset + length
+        reads.finish()
+        writes.finish()
         self.target.flush()
         yield self.source.size
 
-    def _writes(self, window: list[Extent], cookies: list[int]) -> list[Request]:
-        reads = iter(cookies)
-        return [
-            (wire.WRITE_ZEROES, 0, e.offset, e.length, None)
-            if e.zero
-            else (wire.WRITE, 0, e.offset, e.length, self.source.pipeline.read(next(reads)))
-            for e in window
-        ]
-
-    def compare(self, on_bytes: Callable[[int], None]) -> list[tuple[int, int]]:
+    def compare(self, on_bytes: Callable[[int], None]) -> Extents:
         """(offset, length) of pieces that differ still between the export and the primary. Raises OSError."""
-        unequal: list[tuple[int, int]] = []
+        theirs, ours = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
+        comparison = _Comparison()
         done = 0
-        for window, cookies in _read_ahead(self.source, _windows(extents(self.source))):
-            reads = iter(cookies)
-            written = iter(self.target.pipeline.send(_reads(window)))
-            for extent in window:
-                if extent.zero:
-                    equal = self._reads_as_zeros(extent.offset, extent.length)
-                else:
-                    equal = self.source.pipeline.read(next(reads)) == self.target.pipeline.read(next(written))
-                if not equal and len(unequal) < WINDOW_PIECES:  # more say no more
-                    unequal.append((extent.offset, extent.length))
-                done += extent.length
+        for offset, length, zero in pieces(extents(self.source)):
+            if zero:
+                for part in pieces(_data_within(self.target, offset, length)):
+                    ours.read(part.offset, part.length, comparison.zeros)
+            else:
+                theirs.read(offset, length, comparison.meet)
+                ours.read(offset, length, comparison.meet)
+            done += length
             on_bytes(done)
-        return unequal
-
-    def _reads_as_zeros(self, offset: int, length: int) -> bool:
-        """Reads only what the primary does not know to be zeros."""
-        return all(
-            content.count(0) == len(content)
-            for part in extents_within(self.target, offset, length)
-            for _, content in read_extents(self.target, [part])
-        )
+        theirs.finish()
+        ours.finish()
+        return comparison.unequal
 
 
-def extents_within(source: Session, offset: int, length: int) -> Iterator[Extent]:
+class _Comparison:
+    """Pieces from both sides, each compared when its second copy arrives; at most the requests in flight are held."""
+
+    def __init__(self) -> None:
+        self.unequal: Extents = []
+        self._first: dict[int, bytearray] = {}
+
+    def meet(self, offset: int, content: bytearray) -> None:
+        other = self._first.pop(offset, None)
+        if other is None:
+            self._first[offset] = content
+        elif other != content:
+            self._note(offset, len(content))
+
+    def zeros(self, offset: int, content: bytearray) -> None:
+        if content.count(0) != len(content):
+            self._note(offset, len(content))
+
+    def _note(self, offset: int, length: int) -> None:
+        if len(self.unequal) < _MAX_UNEQUAL:
+            self.unequal.append((offset, length))
+
+
+def _data_within(client: Client, offset: int, length: int) -> Iterator[Extent]:
     """What of a range may hold data."""
     end = offset + length
     while offset < end:
-        allocation = source.block_status(offset, min(_STATUS_BYTES, end - offset)).get(wire.BASE_ALLOCATION)
-        for size, state in allocation or [(min(_STATUS_BYTES, end - offset), 0)]:
+        left = end - offset
+        for size, state in client.block_status(offset, left).get(wire.BASE_ALLOCATION) or [(left, 0)]:
             if not state & wire.STATE_ZERO:
                 yield Extent(offset, size, False)
             offset += size

@@ -18,8 +18,8 @@ from urllib.parse import quote
 from cdp import storage
 from cdp.errors import RefusedError, StorageError, UsageError
 from cdp.nbd import wire
-from cdp.recovery.copying import extents, read_extents
-from cdp.recovery.session import connect
+from cdp.nbd.client import Client
+from cdp.recovery.copying import DEPTH, extents, pieces
 
 RAW, QCOW2 = "raw", "qcow2"
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
@@ -94,11 +94,13 @@ def _write_raw(address: str, name: str, path: str, on_bytes: OnBytes) -> int:
     """A sparse file: what the point says are zeros is never written."""
     fd = storage.open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        with connect(address, name, (wire.BASE_ALLOCATION,)) as source:
+        with Client.connect(address, name, (wire.BASE_ALLOCATION,)) as source:
             storage.ftruncate(fd, source.size)
-            for offset, content in read_extents(source, extents(source, only_changed=False)):
-                _write_all(fd, memoryview(content), offset)
-                on_bytes(offset + len(content), source.size)
+            reads = source.pipeline(DEPTH)
+            for offset, length, _ in pieces(extents(source, only_changed=False)):
+                reads.read(offset, length, lambda at, content: _write_all(fd, memoryview(content), at))
+                on_bytes(offset, source.size)
+            reads.finish()
             on_bytes(source.size, source.size)
             return source.size
     finally:
@@ -120,7 +122,7 @@ def nbd_uri(address: str, name: str) -> str:
 
 
 def _write_qcow2(qemu_img: str, address: str, name: str, path: str, on_bytes: OnBytes) -> int:
-    with connect(address, name) as source:  # pins the point, and says what is wrong with it in our words
+    with Client.connect(address, name) as source:  # pins the point, and says what is wrong with it in our words
         size = source.size
         command = [qemu_img, "convert", "-p", "-f", "raw", "-O", "qcow2", nbd_uri(address, name), path]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from cdp import storage
 from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, UnreachableError
+from cdp.nbd.client import Client
 from cdp.recovery import job as jobs
 from cdp.recovery.control import Commands, Control
 from cdp.recovery.copying import Copier, measure, ranges
 from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PROVE, UNDO, UNLOCK, WAIT, Job
-from cdp.recovery.session import connect
 
 # A machine that restarts is back within this time; after it a person should look.
 PATIENCE_SECONDS = 600.0
@@ -156,7 +156,7 @@ class Rollback:
         """A volume that grew since the point keeps its size, so the point does not fit it."""
         sizes = []
         for name in (f"{volume}@seq:{self.job.target_seq}", volume):
-            with connect(self._replayer, name) as client:
+            with Client.connect(self._replayer, name) as client:
                 sizes.append(client.size)
         if sizes[0] != sizes[1]:
             raise RefusedError(
@@ -181,7 +181,7 @@ class Rollback:
     def _learn_begin(self) -> None:
         job = self.job
         for volume in job.volumes:
-            with connect(self._collector, f"{volume}!{job.secret}") as client:
+            with Client.connect(self._collector, f"{volume}!{job.secret}") as client:
                 client.flush()
         job.begin = self._commands.begin(job.group, job.volumes, job.secret, job.target_seq, job.target_time_ns)
 
