@@ -37,6 +37,7 @@ class Reactor:
         self._timer_count = 0
         self._soon: deque[Callable[[], None]] = deque()
         self._credit = 0
+        self._closed = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.add_reader(self._wake, self._woken)
         self.every(_MAX_SLEEP_SECONDS, lambda: None)  # there is always a timer
@@ -63,7 +64,8 @@ class Reactor:
     def stop(self) -> None:
         """Ends `run`. From any thread, and from a signal handler."""
         self.stopping = True
-        os.eventfd_write(self._wake, 1)
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)
@@ -100,5 +102,6 @@ class Reactor:
 
     def close(self) -> None:
         """Nothing is watched any more."""
+        self._closed = True
         self.epoll.close()
         os.close(self._wake)

@@ -86,7 +86,7 @@ def test_garbage_behind_good_magic_never_raises_another_error(garbage: bytes, st
         return
     assert 0 <= at <= len(stream)
     for command, _, _, offset, length, _ in parser.requests:
-        assert command == wire.FLUSH or (0 < length and offset + length <= Small.size)
+        assert command == wire.FLUSH or (length > 0 and offset + length <= Small.size)
 
 
 @pytest.mark.parametrize(
