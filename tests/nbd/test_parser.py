@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
 
@@ -248,7 +249,5 @@ def test_handshake_in_pieces(messages: list[bytes], data: st.DataObject) -> None
 @given(st.binary(max_size=300), st.booleans())
 def test_handshake_garbage(garbage: bytes, flags: bool) -> None:
     n = negotiation()
-    try:
+    with contextlib.suppress(wire.ProtocolError):
         replies(n.receive((struct.pack(">I", 3) if flags else b"") + garbage))
-    except wire.ProtocolError:
-        pass

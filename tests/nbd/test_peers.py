@@ -75,7 +75,9 @@ while cookies:
     h.poll(-1)
     cookies = [c for c in cookies if not h.aio_command_completed(c)]
 h.zero(4096, 12288, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE)
-assert h.pread(4096, 12288, nbd.CMD_FLAG_DF) == bytes(4096)
+chunks = []
+h.pread_structured(4096, 12288, lambda *chunk: chunks.append(chunk[1:3]) or 0, nbd.CMD_FLAG_DF)
+assert chunks == [(12288, nbd.READ_DATA)] and h.pread(4096, 12288) == bytes(4096)
 h.trim(4096, 0); h.cache(4096, 0); h.flush()
 h.set_strict_mode(0)
 for call, number in [(lambda: h.pread(2, h.get_size() - 1), 22), (lambda: h.pwrite(b"ab", h.get_size() - 1), 28)]:
