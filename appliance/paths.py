@@ -6,6 +6,9 @@ import os
 import socket
 
 COLLECTOR, REPLAYER = "collector", "replayer"
+# In the replayer's folder: the files of rollback jobs.
+ROLLBACKS = "rollbacks"
+ROLLBACK_ACTIONS = ("resume", "undo", "abandon")
 
 
 def folder(state_dir: str, role: str) -> str:

@@ -29,7 +29,6 @@ from cdp.recovery.job import ABANDON, FORWARD, UNDO, Job
 
 log = logging.getLogger("cdp")
 
-FOLDER = "rollbacks"
 MODULE = "appliance.rollback_child"
 # Finished jobs are kept for people to look up; the oldest go first.
 MAX_KEPT = 200
@@ -39,7 +38,7 @@ MAX_RUNNING = 4
 MAX_LINE_BYTES = 1 << 20
 # Copying stops at once; the step that was under way is done again by the next run.
 STOP_SECONDS = 5.0
-ACTIONS = {"resume": FORWARD, "undo": UNDO, "abandon": ABANDON}
+ACTIONS = dict(zip(paths.ROLLBACK_ACTIONS, (FORWARD, UNDO, ABANDON), strict=True))
 
 
 @dataclass
@@ -58,7 +57,7 @@ class RollbackJobs:
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self._config = config
         self._supervisor = supervisor
-        self._folder = os.path.join(paths.folder(config.appliance.state_dir, paths.REPLAYER), FOLDER)
+        self._folder = os.path.join(paths.folder(config.appliance.state_dir, paths.REPLAYER), paths.ROLLBACKS)
         self._runs: dict[str, _Run] = {}
         storage.makedirs(self._folder, mode=0o700, exist_ok=True)
 

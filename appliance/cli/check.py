@@ -9,7 +9,6 @@ import typer
 from appliance import paths
 from appliance.cli.context import Json, config, emit, out
 from cdp.recovery.times import iso_utc
-from cdp.replica import restart
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,6 +17,8 @@ def add_to(app: typer.Typer) -> None:
 
 def check(as_json: Json = False) -> None:
     """Put every replica to its committed state, so that its file can be used by itself. Refused while it runs."""
+    from cdp.replica import restart  # the history's libraries take longer to load than most commands to run
+
     c = config()
     found = restart.check(paths.folder(c.appliance.state_dir, paths.REPLAYER), c.journal.segment_size)
     if as_json:

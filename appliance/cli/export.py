@@ -11,7 +11,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from appliance import paths
 from appliance.cli.context import Json, client, config, emit, err, out, point, volume_at, zone
 from cdp.config import format_size
-from cdp.recovery import export as exports
 
 
 class Format(StrEnum):
@@ -33,6 +32,8 @@ def export(
 ) -> None:
     """Write a volume, as it was at a point, to a new file. The file appears when it is whole."""
     _, volume, expression = volume_at(what)
+    from cdp.recovery import export as exports
+
     chosen = form.value if form else exports.form_of(output)
     found = client().replayer("resolve", name=volume.name, expression=expression, zone=zone())
     address = paths.client_address(config().replayer.listen)

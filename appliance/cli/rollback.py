@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from appliance import paths, rollback_child
+from appliance import paths
 from appliance.cli.context import Json, client, config, emit, err, named, out, zone
-from appliance.rollbacks import ACTIONS, FOLDER
 from appliance.settings import rollback_settings
 from cdp import storage
 from cdp.config import Group, Volume
@@ -48,7 +48,7 @@ def rollback(
     """Put a volume or a group back to a point. Nothing is lost: the state before it can be rolled back to as well."""
     group, volume = named(name)
     volumes = [volume] if volume else group.volumes
-    chosen = [action for action, wanted in zip(ACTIONS, (resume, undo, abandon), strict=True) if wanted]
+    chosen = [action for action, wanted in zip(paths.ROLLBACK_ACTIONS, (resume, undo, abandon), strict=True) if wanted]
     if len(chosen) + (to is not None) != 1:
         hint = f"For example: cdp rollback {name} --to -10m"
         raise UsageError("Give one of --to, --resume, --undo and --abandon.", hint)
@@ -96,12 +96,10 @@ def _begin(
 
 def _ask(found: Plan, as_json: bool) -> None:
     console = err if as_json else out
-    console.print(f"Roll {' and '.join(found.volumes)} back? \\[y/N] ", end="")
-    try:
-        answer = input()
-    except EOFError:
-        console.print()
-        answer = ""
+    answer = ""
+    if sys.stdin.isatty() or not as_json:
+        console.print(f"Roll {' and '.join(found.volumes)} back? \\[y/N] ", end="")
+        answer = sys.stdin.readline()
     if answer.strip().lower() not in ("y", "yes"):
         raise RefusedError("Declined; nothing was changed.", "Use --yes to roll back without being asked.",
                            code="declined")  # fmt: skip
@@ -122,7 +120,9 @@ def _act(action: str, group: Group, volumes: list[Volume]) -> dict[str, Any]:
 
 def _abandon_here(names: set[str]) -> dict[str, Any]:
     """Without the replayer and its parent: by this process, from the job's file."""
-    folder = os.path.join(paths.folder(config().appliance.state_dir, paths.REPLAYER), FOLDER)
+    from appliance import rollback_child
+
+    folder = os.path.join(paths.folder(config().appliance.state_dir, paths.REPLAYER), paths.ROLLBACKS)
     files = sorted(name for name in os.listdir(folder) if name.endswith(".json")) if os.path.isdir(folder) else []
     for name in files:
         path = os.path.join(folder, name)
