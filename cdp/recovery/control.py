@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from cdp.errors import RefusedError, StorageError, UnreachableError
+from cdp.recovery.grammar import ROLLBACK_PREFIX
 
 # A command that only touches the journal.
 QUICK_SECONDS = 30.0
@@ -59,6 +60,15 @@ class Commands:
         """(seq, time) that an expression means for a volume or group now."""
         point = self._replayer("resolve", {"name": name, "expression": expression, "zone": zone})
         return _of(point, "seq", int), _of(point, "time_ns", int)
+
+    def open_rollback(self, volume: str) -> dict[str, Any] | None:
+        """BEGIN of the rollback that the volume is in, as far as it is replayed; None if it is in none."""
+        for gap in _of(self._replayer("points", {"name": volume, "limit": 1}), "gaps", list):
+            if gap["reason"]["code"] == "rollback" and gap["to"] is None:
+                seq = int(gap["from"]["seq"]) - 1
+                seq, time_ns = self.resolve(volume, f"seq:{seq}", "UTC")
+                return {"seq": seq, "time_ns": time_ns, "bookmark": f"{ROLLBACK_PREFIX}{seq}"}
+        return None
 
     def changed_since(self, volume: str, seq: int) -> tuple[int, int]:
         """(bytes, extents) of a volume that were written between a point and now."""

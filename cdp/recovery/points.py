@@ -228,7 +228,7 @@ class _Resolution:
         ]
         raise RefusedError(
             f"{self.expression.text!r} is not offered: {why} (read in {zone_name(self.zone)}).",
-            ("; ".join(near) + ".").capitalize() if near else "No point can be opened now.",
+            "; ".join(near).replace("the", "The", 1) + "." if near else "No point can be opened now.",
             code=code,
             before=None if before is None else point_json(*before),
             after=None if after is None else point_json(*after),

@@ -72,6 +72,7 @@ class Rollback:
         self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
+        self._may_have_begun = job.step == BEGIN and job.begin is None
         self._lock = storage.lock_file(path + ".lock", 0.0, f"The rollback {path}")
         self._steps: dict[str, Callable[[], str]] = {
             LOCK: self._lock_volumes, BEGIN: self._begin, WAIT: self._wait, COPY: self._copy, PROVE: self._prove,
@@ -150,6 +151,9 @@ class Rollback:
         for volume in self.job.volumes:
             self._check_size(volume)
         self._commands.lock(self.job.volumes, self.job.secret, self.job.disconnect)
+        for volume in self.job.volumes:
+            with Client.connect(self._collector, f"{volume}!{self.job.secret}") as client:
+                client.flush()
         return BEGIN
 
     def _check_size(self, volume: str) -> None:
@@ -179,21 +183,26 @@ class Rollback:
         return WAIT
 
     def _learn_begin(self) -> None:
+        """BEGIN, once: whoever died between its record and the job's file has left it in the journal."""
         job = self.job
-        for volume in job.volumes:
-            with Client.connect(self._collector, f"{volume}!{job.secret}") as client:
-                client.flush()
-        job.begin = self._commands.begin(job.group, job.volumes, job.secret, job.target_seq, job.target_time_ns)
+        if self._may_have_begun:
+            self._wait_applied(self._fence())
+            job.begin = self._commands.open_rollback(job.volumes[0])
+        if job.begin is None:
+            self._may_have_begun = True
+            job.begin = self._commands.begin(job.group, job.volumes, job.secret, job.target_seq, job.target_time_ns)
+
+    def _fence(self) -> int:
+        """A seq behind everything that was written to the volumes before."""
+        fences = [self._commands.verify(volume, [(0, _FENCE_BYTES)]) for volume in self.job.volumes]
+        return max(last for _, last in filter(None, fences))
 
     def _wait(self) -> str:
         job = self.job
         assert job.begin is not None
         seq = int(job.begin["seq"])
-        if job.direction == UNDO:  # the difference to BEGIN is everything the forward copy has written until now
-            for volume in job.volumes:
-                fence = self._commands.verify(volume, [(0, _FENCE_BYTES)])
-                seq = max(seq, fence[1] if fence else 0)
-        self._wait_applied(seq)
+        # What an undo copies is the difference to BEGIN of everything that was written until now.
+        self._wait_applied(self._fence() if job.direction == UNDO else seq)
         return COPY
 
     def _wait_applied(self, seq: int) -> None:

@@ -75,7 +75,8 @@ def test_a_printed_time_as_a_name_is_that_point(served):
     [
         ("db@", CdpError, "empty"), ("db@seq:999999999", RefusedError, "newest"), ("nothing", NotFoundError, "nothing"),
         ("db@2020-01-01T00:00:00", CdpError, "time zone"), ("db@-5d", RefusedError, "window"),
-        ("db@never-made", NotFoundError, "never-made"), ("db@seq:0", RefusedError, "window"), ("", NotFoundError, "no volume"),
+        ("db@never-made", NotFoundError, "never-made"), ("db@seq:0", RefusedError, "window"),
+        ("", NotFoundError, "no volume"),
         ("db@2031-01-01T00:00:00Z", RefusedError, "future"),
     ],
 )  # fmt: skip
