@@ -31,7 +31,9 @@ _WORTH_BYTES = BLOCK_BYTES - BLOCK_BYTES // 8
 # everything else that is done to a block.
 _PATIENCE_BLOCKS = 16
 _SAMPLE_EVERY = 64
-_RUN_BYTES = RUN_BLOCKS * BLOCK_BYTES
+_SAMPLE_RUNS = _SAMPLE_EVERY // RUN_BLOCKS
+_RUN_OFFSETS = range(0, RUN_BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
+_RAW_LENGTHS = (BLOCK_BYTES,) * RUN_BLOCKS
 
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1, source_size=BLOCK_BYTES, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False
@@ -106,15 +108,27 @@ class Packer:
         self._failures += 1
         return None
 
+    def _worth_trying(self, first: memoryview, crc: int) -> bool:
+        """Whether a run's blocks are compressed one by one: while nothing shrinks, only if a sample of them does."""
+        if self._failures < _PATIENCE_BLOCKS:
+            return True
+        if crc % _SAMPLE_RUNS or len(self._zstd.compress(first)) > _WORTH_BYTES:
+            return False
+        self._failures = 0
+        return True
+
     def _store_run(
         self, view: memoryview | None, try_zstd: bool
     ) -> tuple[Buffer | None, int, int, *tuple[Buffer, ...]]:
         """As `_store`, with the stored blocks behind: the run's header is the first stored part."""
         if view is None:
             return None, 0, RUN_ZERO
+        sums = [crc32c(view[at : at + BLOCK_BYTES]) for at in _RUN_OFFSETS]
+        if _ZERO_CRC not in sums and not (try_zstd and self._worth_trying(view[:BLOCK_BYTES], sums[0])):
+            header = RUN_HEADER.pack(*_RAW_LENGTHS, *sums)
+            return header, crc32c(header), RUN_RAW, view
         stored, crcs, lengths = zip(
-            *(self._store(view[at : at + BLOCK_BYTES], try_zstd) for at in range(0, _RUN_BYTES, BLOCK_BYTES)),
-            strict=True,
+            *(self._store(view[at : at + BLOCK_BYTES], try_zstd) for at in _RUN_OFFSETS), strict=True
         )
         if not any(lengths):
             return None, 0, RUN_ZERO
