@@ -54,7 +54,7 @@ class Group:
         self.journal_dead = False
         self.active = False  # something was written since the last second
         self.dirty_bytes = 0  # since the last round that synced everything
-        self.pending: dict[int, int] = {}  # first seq of a batch → its writes that an asynchronous primary has to answer
+        self.pending: dict[int, int] = {}  # first seq of a batch → writes that an asynchronous primary owes
         self.hold_checkpoint = False  # a volume is in doubt: its journal is kept
         self.first_records: list[NewRecord] = []  # of this life, as long as they are not in the journal
         self._max_journal_bytes = max_journal_bytes
@@ -269,8 +269,9 @@ class Group:
 
     def _note_volumes(self) -> None:
         for v in self.volumes:
-            doubt = v.reason if v.refuse else None
-            self.content["volumes"][v.name] = {"id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "doubt": doubt}
+            self.content["volumes"][v.name] = {
+                "id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "doubt": v.doubt
+            }  # fmt: skip
 
     def checkpoint(self, seq: int) -> None:
         """Primaries and journal are synced up to `seq`: a start need not go further back."""

@@ -12,7 +12,7 @@ import errno
 import os
 import stat as stat_bits
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from cdp import storage
 from cdp.collector.locks import lock_primary
@@ -25,6 +25,7 @@ _ZEROS = bytes(1 << 20)
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS)
 
 Extent = tuple[int, bool]  # length, whether it may hold data
+Later = Callable[[Any, "BaseException | None"], None]
 
 
 class Primary(Protocol):
@@ -45,8 +46,22 @@ class Primary(Protocol):
     def identity(self) -> dict[str, int | str]: ...
     def close(self) -> None: ...
 
+    # Only where it is not inline: answers come later, in the order of the calls, from the loop's thread.
+    def read_later(self, offset: int, length: int, done: Later) -> None: ...
+    def sync_later(self, done: Later) -> None: ...
 
-class NonePrimary:
+
+class InlinePrimary:
+    """What an inline primary is never asked for."""
+
+    def read_later(self, offset: int, length: int, done: Later) -> None:
+        raise AssertionError("an inline primary is read at once")
+
+    def sync_later(self, done: Later) -> None:
+        raise AssertionError("an inline primary is synced by a worker")
+
+
+class NonePrimary(InlinePrimary):
     """No production data here: a mirror sink, whose writes only go to the journal."""
 
     address, fd, inline, readable, can_zero, created = "none", -1, True, False, True, False
@@ -73,7 +88,7 @@ class NonePrimary:
         pass
 
 
-class FilePrimary:
+class FilePrimary(InlinePrimary):
     """A regular file (made sparse at its size if missing) or a block device, held by QEMU's image locks."""
 
     inline, readable = True, True

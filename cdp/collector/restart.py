@@ -14,6 +14,7 @@ from cdp import storage
 from cdp.collector import tail
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
+from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.resync import INITIAL_SYNC, gap_open
 from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
 from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
@@ -73,8 +74,6 @@ def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:
     if kind == "file" and path:
         return FilePrimary(path, spec.size_bytes, known_bytes)
     if kind in ("nbd", "nbd+unix"):
-        from cdp.collector.primary_nbd import NbdPrimary  # only where one is configured
-
         return NbdPrimary(spec.primary, spec.size_bytes)
     raise ConfigError(f"{spec.primary!r} is no primary.", "Write file:PATH, nbd://…, nbd+unix://… or none.")
 
@@ -92,10 +91,14 @@ def _open_volume(spec: VolumeSpec, state: GroupState) -> Volume:
             known["sync"] = {"code": INITIAL_SYNC, "text": text}
     known["size"] = spec.size_bytes
     volume = Volume(spec.name, known["id"], spec.size_bytes, primary)
-    volume.sync, volume.lock, doubt = known.get("sync"), known.get("lock"), known.get("doubt")
-    if doubt is not None:
-        volume.refuse, volume.reason = errno.EIO, doubt
+    volume.sync, volume.lock = known.get("sync"), known.get("lock")
+    _set_doubt(volume, known.get("doubt"))
     return volume
+
+
+def _set_doubt(volume: Volume, doubt: Reason | None) -> None:
+    volume.doubt = volume.reason = doubt
+    volume.refuse = 0 if doubt is None else errno.EIO
 
 
 def _holds_data(primary: Primary, size_bytes: int) -> bool:
@@ -111,7 +114,7 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
             written_ns = found.wall_ns
         for volume in group.volumes:
             _judge(group, volume, checkpoint, written_ns)
-        if any(v.refuse for v in group.volumes):
+        if any(v.doubt for v in group.volumes):
             group.save_state_now()  # the next start could not tell any more: this one writes to the journal
     trusted = {v.id: v for v in group.volumes if not v.refuse}
     writer = tail.TailWriter(trusted, group.refused)
@@ -122,7 +125,7 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
     for volume in group.volumes:
         if volume.id in writer.open_gaps and volume.sync is None:
             volume.sync = writer.open_gaps[volume.id]
-    group.hold_checkpoint = any(v.refuse for v in group.volumes)
+    group.hold_checkpoint = any(v.doubt for v in group.volumes)
     group.first_records = _first_records(group)
     group.begin()
     if not group.journal_dead:
@@ -134,11 +137,10 @@ def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int
     left = checkpoint["primaries"].get(volume.name)
     if left is None:
         return  # it is new
-    doubt = None if volume.refuse else _doubt(volume, left, checkpoint, written_ns)
+    doubt = None if volume.doubt else _doubt(volume, left, checkpoint, written_ns)
     if doubt is not None:
         log.error("volume %s stopped (%s): %s", volume.name, doubt["code"], doubt["text"])
-        volume.refuse, volume.reason = errno.EIO, doubt
-        group.content["volumes"][volume.name]["doubt"] = doubt
+        _set_doubt(volume, doubt)
     elif not checkpoint["clean"] and checkpoint["boot_id"] != boot_id() and volume.primary.readable:
         text = "The machine went down while it was written; the primary is compared."
         volume.sync = volume.sync or {"code": "unclean_restart", "text": text}
@@ -167,7 +169,7 @@ def _first_records(group: Group) -> list[NewRecord]:
     """RESIZE for every volume, and a GAP for those that are to be compared or are in doubt."""
     records: list[NewRecord] = [(batch.RESIZE, 0, v.id, 0, v.size, v.name.encode()) for v in group.volumes]
     for volume in group.volumes:
-        reason = volume.reason if volume.refuse else volume.sync
+        reason = volume.doubt or volume.sync
         if reason is not None:
             records.append(gap_open(volume, reason))
     return records

@@ -11,10 +11,12 @@ from cdp.collector import locks
 from cdp.collector.commands import Commands
 from cdp.collector.flusher import SYNC_SECONDS, SYNC_THREADS
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group
+from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.reads import ReadPool
 from cdp.collector.restart import close_group, open_group
 from cdp.collector.resync import Resyncs
 from cdp.collector.splitter import Splitter
+from cdp.collector.upstream import Upstream
 from cdp.collector.volume import GroupSpec, Volume, VolumeSpec
 from cdp.errors import CdpError, ConfigError, NotFoundError, RefusedError
 
@@ -84,9 +86,16 @@ class Collector:
         self._resyncs.append(resyncs)
         group.start_resync = resyncs.start
         for volume in group.volumes:
+            self._attach(group, volume)
             self._splitters[volume.name] = Splitter(volume, group, self._reads)
             if volume.sync is not None and not volume.refuse:
                 resyncs.go_on(volume, group.journal.last_seq)
+
+    def _attach(self, group: Group, volume: Volume) -> None:
+        if isinstance(volume.primary, NbdPrimary):
+            assert self._loop is not None
+            volume.upstream = Upstream(group, volume, volume.primary)
+            self._loop.add_reader(volume.primary.worker.fileno(), volume.primary.worker.drain)
 
     def _each(self, call: Callable[[Group], None]) -> None:
         for group in self.groups.values():
@@ -150,6 +159,9 @@ class Collector:
             worker.close()
         self._workers = []
         for group in self.groups.values():
+            for volume in group.volumes:
+                if isinstance(volume.primary, NbdPrimary):
+                    volume.primary.quiesce()
             close_group(group)
         self.groups = {}
         if self._lock >= 0:

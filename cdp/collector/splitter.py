@@ -168,14 +168,16 @@ class Splitter(Export):
 
     def _enqueue(self, connection: Connection, writes: list[Request], seq: int) -> None:
         """The same for a primary that answers later: its queue keeps the order, copies keep the data."""
-        group, volume = self._group, self._volume
+        group, volume, batch_seq = self._group, self._volume, seq
+        upstream = volume.upstream
+        assert upstream is not None
         for request in writes:
             command, flags, cookie, offset, length, data = request
             if command == wire.FLUSH:
                 group.flusher.wait(volume, partial(_answer, connection, cookie))
             else:
-                group.upstream_write(
-                    volume, seq, offset, length, None if data is None else bytes(data),
+                upstream.write(
+                    batch_seq, seq, offset, length, None if data is None else bytes(data),
                     not flags & wire.NO_HOLE, self._answer_of(connection, cookie, flags),
                 )  # fmt: skip
             seq += _records(request)

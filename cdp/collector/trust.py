@@ -37,11 +37,11 @@ class Trust:
         """Raises UsageError, RefusedError."""
         if side not in ("primary", "journal"):
             raise UsageError(f"{side!r} is no side.", "Say primary or journal.")
-        if not volume.refuse or volume.reason is None:
+        if volume.doubt is None or volume.reason is None:
             raise RefusedError(f"Nothing is in doubt about {volume.name}.", code="unsupported")
         if volume.reason["code"] == "deciding":
             raise RefusedError(f"{volume.name} is being put right already.", code="busy")
-        if side == "journal" and volume.reason["code"] == "other_primary":
+        if side == "journal" and volume.doubt["code"] == "other_primary":
             raise RefusedError(
                 f"The primary of {volume.name} is another one: the journal's end alone cannot make it right.",
                 "Trust the primary, then roll back to the newest point before.", code="unsupported",
@@ -49,7 +49,7 @@ class Trust:
         if group.refuse:
             raise RefusedError(f"The group {group.name} is stopped.", "Give it space first.", code="stopped")
         self._group, self._volume, self._side, self._worker, self._done = group, volume, side, worker, done
-        self._doubt = volume.reason
+        self._doubt = volume.doubt
         self._batches: Iterator[Batch] = iter(())
 
     def start(self) -> None:
@@ -79,8 +79,8 @@ class Trust:
         volume, group = self._volume, self._group
         group.settle()
         text = f"The {self._side} was said to be right; the whole volume is compared."
-        volume.refuse, volume.reason = 0, None
+        volume.refuse, volume.reason, volume.doubt = 0, None, None
         if not group.start_resync(volume, {"code": "trusted", "text": text}, group.journal.last_seq):
             return self._done(None, StorageError(f"The group {group.name} is stopped."))
-        group.hold_checkpoint = any(v.refuse for v in group.volumes)
+        group.hold_checkpoint = any(v.doubt for v in group.volumes)
         self._done({"volume": volume.name, "side": self._side}, None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cdp.collector.primary import Primary
 
 if TYPE_CHECKING:
+    from cdp.collector.upstream import Upstream
     from cdp.nbd.connection import Connection
 
 Reason = dict[str, str]  # {"code", "text"}
@@ -61,12 +62,14 @@ class Volume:
     primary: Primary
     refuse: int = 0  # errno for every write to this volume, 0: none
     reason: Reason | None = None  # why it is refused
+    doubt: Reason | None = None  # why the primary may not be what was left; durable until a side is trusted
     sync: Reason | None = None  # why a whole-volume pass must be made; durable until that has ended
     lock: str | None = None  # SHA-256 of the secret that a rollback holds the volume with
     dirty: bool = False  # took something since its last sync began
     sync_failed: bool = False  # flushes fail until what it took since the checkpoint is written again
     cold_reads: int = 0  # under way in the pool
     progress: Progress | None = None
+    upstream: Upstream | None = None  # of a primary that is not inline
     watches: list[Watch] = field(default_factory=list)
     connections: set[Connection] = field(default_factory=set)
 

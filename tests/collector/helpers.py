@@ -50,7 +50,7 @@ class Runner:
         return self
 
     def __enter__(self) -> Runner:
-        return self.start()
+        return self if self.process is not None else self.start()
 
     def __exit__(self, *_: object) -> None:
         if self.process is not None:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from typing import Any
 
 from cdp import storage
@@ -31,7 +30,7 @@ class SlowSyncs:
 
     def __call__(self, fd: int) -> None:
         if self.suffix in os.readlink(f"/proc/self/fd/{fd}"):
-            time.sleep(self.seconds)  # noqa: a slow disk
+            storage.pause(self.seconds)
             if self.fail_file and os.path.exists(self.fail_file):
                 raise OSError(errno.EIO, "the disk failed")
         self.real(fd)

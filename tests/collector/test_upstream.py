@@ -1,0 +1,117 @@
+"""A primary behind a real NBD server: order, outage, refused writes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdp.journal import batch
+from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
+
+
+class QemuNbd:
+    """The upstream: a qemu-nbd that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.socket = folder / "upstream.raw", folder / "upstream.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            ["qemu-nbd", "-f", "raw", "-e", "4", "--persistent", "--discard=unmap", "-k", self.socket, self.path]
+        )
+        while subprocess.run(["nbdinfo", "--size", self.uri], capture_output=True).returncode:
+            assert self.process.poll() is None
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.socket}"
+
+
+@pytest.fixture
+def upstream(tmp_path: Path) -> Iterator[QemuNbd]:
+    server = QemuNbd(tmp_path)
+    server.path.write_bytes(bytes(16 * MIB))
+    server.start()
+    yield server
+    server.kill()
+
+
+def start(tmp_path: Path, upstream: QemuNbd) -> Runner:
+    runner = Runner(tmp_path, [("db", upstream.uri, 16 * MIB)]).start()
+    runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+    return runner
+
+
+def test_everything_arrives_in_order(tmp_path: Path, upstream: QemuNbd) -> None:
+    with start(tmp_path, upstream) as runner:
+        pass
+    runner = Runner(tmp_path, [("db", upstream.uri, 16 * MIB)])
+    with runner:
+        fio(runner, "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=1m", "--io_size=8m", "--norandommap")
+        done = qemu_io(runner, "write -P 1 4M 3M", "write -z 5M 64k", "discard 6M 64k", "flush", "read -P 1 4M 1M")
+        assert done.returncode == 0, done.stdout
+        runner.command("verify", volume="db")
+    journal = Journal(runner.journal, {0: 16 * MIB})
+    assert bytes(journal.images[0]) == upstream.path.read_bytes()
+
+
+def test_outage_gets_the_tail_before_anything_else(tmp_path: Path, upstream: QemuNbd) -> None:
+    """Promise 1 and 3: what the upstream may have lost is sent again, in order."""
+    with start(tmp_path, upstream) as runner:
+        assert qemu_io(runner, "write -P 1 0 2M", "write -P 2 1M 2M", "flush").returncode == 0
+        load = subprocess.Popen(
+            ["fio", "--name=x", "--ioengine=nbd", f"--uri={runner.uri()}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
+             "--size=1m", "--offset=8m", "--time_based", "--runtime=20"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        before = runner.figures()["journal"]["last_seq"]
+        runner.wait_for("load", lambda f: f["journal"]["last_seq"] > before + 100)
+        upstream.kill()
+        away = runner.wait_for("away", lambda f: f["volumes"]["db"]["reason"])
+        assert away["volumes"]["db"]["reason"]["code"] == "primary_unreachable"
+        with upstream.path.open("r+b") as f:  # what a power cut takes back
+            f.write(bytes(2 * MIB))
+        load.kill()
+        load.wait()
+        upstream.start()
+        runner.wait_for("back", lambda f: f["state"] == "protected")
+        done = qemu_io(runner, "read -P 1 0 1M", "read -P 2 1M 2M", "write -P 3 4M 64k", "flush")
+        assert done.returncode == 0, done.stdout
+    journal = Journal(runner.journal, {0: 16 * MIB})
+    assert bytes(journal.images[0]) == upstream.path.read_bytes()
+
+
+def test_refused_by_the_upstream(tmp_path: Path) -> None:
+    """Promise 2: read back, journaled, withheld."""
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-U", str(tmp_path / "e.sock"), "--filter=error", "memory", "16M",
+         "error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-file={tmp_path}/fail"],
+    )  # fmt: skip
+    uri = f"nbd+unix:///?socket={tmp_path}/e.sock"
+    try:
+        while subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode:
+            assert server.poll() is None
+        with Runner(tmp_path, [("db", uri, 16 * MIB)]) as runner:
+            runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+            assert qemu_io(runner, "write -P 1 0 64k").returncode == 0
+            (tmp_path / "fail").touch()
+            assert "No space" in qemu_io(runner, "write -P 2 0 64k").stdout
+            (tmp_path / "fail").unlink()
+            assert qemu_io(runner, "read -P 1 0 64k", "write -P 3 1M 4k", "flush").returncode == 0
+        journal = Journal(runner.journal, {0: 16 * MIB})
+        assert journal.images[0][:65536] == b"\1" * 65536
+        refused = next(r for r in journal.of(batch.WRITE) if bytes(r.data[:1]) == b"\2")
+        assert journal.gaps()[-1][0] == refused.seq
+    finally:
+        server.terminate()
+        server.wait()
