@@ -62,7 +62,7 @@ class Connection:
         self._others: list[bytes] = []  # cookies answered otherwise since then
         self._pieces: list[bytes | memoryview] = []
         self._starts: list[int] = []  # where the slots of this batch begin
-        self._large: tuple[bytes, bytearray, memoryview] | None = None  # a slot that needed a buffer of its own
+        self._large: tuple[bytes, bytes, bytearray, memoryview] | None = None  # a slot that needed a buffer of its own
         self._statuses: dict[bytes, tuple[int, int, int]] = {}  # BLOCK_STATUS: length, flags, contexts still owed
         self._queued = False  # the loop will flush it
 
@@ -118,7 +118,7 @@ class Connection:
     def unslot(self) -> None:
         """Takes the newest slot back; its READ is to be answered in another way."""
         if self._large is not None:
-            cookie, buffer, view = self._large
+            cookie, _, buffer, view = self._large
             view.release()
             self._loop.budget.give(buffer)
             self._large = None
@@ -136,9 +136,8 @@ class Connection:
             raise RuntimeError("slot: only for the READs of the batch being submitted")
         buffer = self._loop.budget.take(length)
         view = memoryview(buffer)[:length]
-        self._large = (cookie, buffer, view)
+        self._large = (cookie, transmission.data_head(cookie, offset, length, self.structured), buffer, view)
         self._others.append(cookie)
-        self._pieces.append(transmission.data_head(cookie, offset, length, self.structured))
         return view
 
     def data(self, cookie: bytes, offset: int, payload: bytes | bytearray | memoryview) -> None:
@@ -249,9 +248,9 @@ class Connection:
             self._pieces = []
         large, self._large = self._large, None
         if large is not None:
-            # Its head is the last of the pieces: a large READ is a batch of its own.
-            self.outbox.send(parts)
-            self.outbox.push_buffer(large[2], large[1])
+            _, head, buffer, view = large
+            self.outbox.send((*parts, head))
+            self.outbox.push_buffer(view, buffer)
             self.outbox.drain()
         elif parts or self._slots.at:
             self.outbox.send(parts, self._slots)
@@ -278,7 +277,7 @@ class Connection:
         if self.intake is not None:
             self.intake.drop()
         if self._large is not None:
-            self._loop.budget.give(self._large[1])
+            self._loop.budget.give(self._large[2])
             self._large = None
 
     def send_now(self, data: bytes) -> None:

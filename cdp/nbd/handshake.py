@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cdp.nbd.connection import Connection
 from cdp.nbd.contract import Export, Exports
-from cdp.nbd.negotiation import ABORT, GREETING, MAX_OPTION_BYTES, Negotiation
+from cdp.nbd.negotiation import ABORT, GREETING, Negotiation
 
-# One receive while a client negotiates; an option fits.
-_RECEIVE_BYTES = MAX_OPTION_BYTES
+# One receive while a client negotiates: the options of most handshakes, and few enough to keep nobody waiting.
+_RECEIVE_BYTES = 8 << 10
 
 
 class Handshake:

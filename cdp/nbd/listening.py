@@ -19,6 +19,8 @@ MAX_UNIX_PATH_BYTES = 107
 _BACKLOG = 64
 # More than the kernel usually grants; a reply of a few MiB leaves in fewer calls.
 _SEND_BUFFER_BYTES = 1 << 20
+# A client whose machine died must not keep its export open for hours.
+_KEEPALIVE_SECONDS = 60
 
 
 def parse_address(address: str) -> tuple[str, str, int]:
@@ -134,5 +136,7 @@ def prepare(sock: socket.socket) -> str:
         return "unix"
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 4)
     host, port = sock.getpeername()[:2]
     return f"{host}:{port}"

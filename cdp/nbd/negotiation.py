@@ -21,8 +21,10 @@ GREETING = struct.pack(">8s8sH", wire.INIT_MAGIC, OPTION_MAGIC, wire.FLAG_FIXED_
 MAX_OPTION_BYTES = 64 << 10
 # Options of one handshake; libnbd and QEMU send fewer than ten, a LIST client one INFO for each export.
 MAX_OPTIONS = 4096
-# Names in one LIST: what a person can read. Reply of LIST is bounded with it to some MiB.
-MAX_LISTED = 10_000
+# Names in one LIST: what a person can read, and few enough that a client may ask INFO about each.
+MAX_LISTED = 1000
+# Answers of one handshake: many LISTs' worth. A client that asks for more without end loses its connection.
+MAX_ANSWER_BYTES = 8 << 20
 # Metadata contexts in one query or agreed on.
 MAX_CONTEXTS = 16
 
@@ -41,7 +43,7 @@ class Negotiation:
         self._skip_bytes = 0
         self._skipped: int | None = None
         self._client_flags: int | None = None
-        self._options = 0
+        self._options = self._answer_bytes = 0
         self._context_export: str | None = None
         self._opened: tuple[str, Export] | None = None
         self.outcome: str | None = None  # GO, EXPORT_NAME or ABORT once it ended
@@ -77,7 +79,11 @@ class Negotiation:
             self._options += 1
             if self._options > MAX_OPTIONS:
                 raise ProtocolError(f"more than {MAX_OPTIONS} options")
+            before = len(out)
             self._answer(*option, out)
+            self._answer_bytes += sum(map(len, out[before:]))
+            if self._answer_bytes > MAX_ANSWER_BYTES:
+                raise ProtocolError("a handshake without end")
         return b"".join(out)
 
     def _answer(self, number: int, payload: bytes, out: list[bytes]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cdp.errors import NotFoundError, RefusedError
 from cdp.nbd import wire
 from cdp.nbd.contract import Export
-from cdp.nbd.negotiation import GREETING, MAX_OPTION_BYTES, Negotiation
+from cdp.nbd.negotiation import GREETING, MAX_ANSWER_BYTES, MAX_OPTION_BYTES, Negotiation
 from cdp.nbd.transmission import BATCH_REPLY_BYTES, Parser
 from tests.nbd.serving import request
 
@@ -229,6 +229,20 @@ def test_export_name(flags: int, length: int) -> None:
 def test_client_flags_that_nobody_knows(flags: int) -> None:
     with pytest.raises(wire.ProtocolError):
         negotiation().receive(struct.pack(">I", flags))
+
+
+def test_a_handshake_that_only_asks_ends() -> None:
+    """Promise 9."""
+    names = [(f"name-{i}", "d" * 100) for i in range(100_000)]
+    n = Negotiation(lambda: names, lambda name: Small())
+    answered = len(n.receive(struct.pack(">I", 3) + option(wire.OPT_LIST)))
+    assert answered < 200_000
+    with pytest.raises(wire.ProtocolError):
+        for _ in range(4096):
+            answered += len(n.receive(option(wire.OPT_LIST)))
+    assert answered <= MAX_ANSWER_BYTES
+    with pytest.raises(wire.ProtocolError):
+        negotiation().receive(struct.pack(">I", 3) + option(99) * 5000)
 
 
 options = st.builds(option, st.integers(0, 12).filter(lambda n: n not in (1, 2, 7)), st.binary(max_size=60))

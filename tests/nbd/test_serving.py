@@ -184,6 +184,40 @@ def test_late_answers_and_stop(tmp_path: Path, image: str) -> None:
         assert at_end(sock)
 
 
+def test_slots_taken_back_and_answered_later(tmp_path: Path, image: str) -> None:
+    """A READ that turns out to be slow: among quick ones, small and larger than a send buffer."""
+    with open(image, "r+b") as f:
+        f.write(os.urandom(16 << 20))
+
+    class Cold(LateExport):
+        def submit(self, connection: Connection, requests: list[Request]) -> None:
+            for r in requests:
+                view = connection.slot(r[2], r[3], r[4])
+                if r[3] % 3 == 0:
+                    del view
+                    connection.unslot()
+                    self.owed.append((connection, r))
+                else:
+                    os.preadv(self.fd, [view], r[3])
+
+    export = Cold(image)
+    with serving(OneExport(export), tmp_path) as server, Client.connect(server.uri()) as c:
+        server.loop.add_reader(event := os.eventfd(1, os.EFD_NONBLOCK | os.EFD_SEMAPHORE), export.answer)
+        with open(image, "rb") as f, c.pipeline(16) as p:
+            whole = f.read(16 << 20)
+
+            def check(offset: int, data: bytearray) -> None:
+                assert data == whole[offset : offset + len(data)]
+
+            for i in range(200):
+                p.read(i * 37, 6 << 20 if i % 40 < 2 else 1 + i * 11, check)
+            p.finish()
+        on_loop(server, lambda: server.loop.remove_reader(event))
+        os.close(event)
+        assert server.loop.connections()[0].waiting_bytes == 0
+    assert server.loop.budget.used_bytes == 0
+
+
 def test_a_connection_with_too_much_unanswered_is_not_read(tmp_path: Path, image: str) -> None:
     export = LateExport(image)
     limits = Limits(unanswered_requests=10)
