@@ -22,6 +22,8 @@ VERIFY_SECONDS = 3600.0
 WAIT_SECONDS = 10.0
 # Ranges of one `verify` command: some 15 KiB of JSON.
 VERIFY_RANGES = 512
+# A region that every volume has.
+_FENCE_BYTES = 512
 
 T = TypeVar("T")
 
@@ -141,3 +143,9 @@ class Commands:
             first = _of(answer, "first_seq", int) if first is None else first
             last = _of(answer, "last_seq", int)
         return None if first is None or last is None else (first, last)
+
+    def fence(self, volume: str) -> int:
+        """A seq behind everything that was written to a volume before: of a VERIFY of its first sector."""
+        taken = self.verify(volume, [(0, _FENCE_BYTES)])
+        assert taken is not None  # there was a range
+        return taken[1]

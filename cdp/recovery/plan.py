@@ -112,10 +112,14 @@ class Plan:
 def plan(
     control: Control, group: str, volumes: list[str], expression: str, zone: tzinfo | None, now_ns: int
 ) -> Plan:
-    """Resolves the point for the one volume, or for the whole group if there are several. Raises CdpError."""
+    """Resolves the point for the one volume, or for the whole group if there are several. Raises CdpError.
+
+    What there is to write is as of now if the replayer is there within seconds, else as of what it has applied.
+    """
     commands = Commands(control)
     name = volumes[0] if len(volumes) == 1 else group
     seq, time_ns = commands.resolve(name, expression, zone_name(zone))
+    commands.wait(group, max(commands.fence(volume) for volume in volumes))
     changed = {volume: commands.changed_since(volume, seq) for volume in volumes}
     return Plan(
         group=group,

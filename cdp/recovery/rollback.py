@@ -30,8 +30,6 @@ LAG_SECONDS = 6 * 3600.0
 RETRY_SECONDS = 0.5
 # Bytes after which the copy is flushed and its progress kept: what a resume may have to copy again.
 CHECKPOINT_BYTES = 256 << 20
-# A region that every volume has, for a VERIFY whose seq lies behind everything written before it.
-_FENCE_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -194,8 +192,7 @@ class Rollback:
 
     def _fence(self) -> int:
         """A seq behind everything that was written to the volumes before."""
-        fences = [self._commands.verify(volume, [(0, _FENCE_BYTES)]) for volume in self.job.volumes]
-        return max(last for _, last in filter(None, fences))
+        return max(self._commands.fence(volume) for volume in self.job.volumes)
 
     def _wait(self) -> str:
         job = self.job
