@@ -172,7 +172,7 @@ class Journal:
 def qemu_io(runner: Runner, *commands: str, volume: str = "db") -> subprocess.CompletedProcess[str]:
     arguments = [piece for command in commands for piece in ("-c", command)]
     return subprocess.run(
-        ["qemu-io", "-f", "raw", *arguments, runner.uri(volume)], capture_output=True, text=True, timeout=60
+        ["qemu-io", "-t", "writeback", "-f", "raw", *arguments, runner.uri(volume)], capture_output=True, text=True, timeout=60
     )
 
 
