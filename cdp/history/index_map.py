@@ -77,6 +77,7 @@ class RocksMap:
         table.set_format_version(5)
         options.set_block_based_table_factory(table)
         self._map = Rdict(folder, options)
+        self._closed = False
         self._write_options = WriteOptions()
         self._write_options.disable_wal = True  # type: ignore[method-assign,assignment]
 
@@ -104,5 +105,7 @@ class RocksMap:
         return self._map.property_int_value("rocksdb.total-sst-files-size") or 0
 
     def close(self) -> None:
-        self._map.flush(True)
-        self._map.close()
+        if not self._closed:
+            self._closed = True
+            self._map.flush(True)
+            self._map.close()

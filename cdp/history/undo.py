@@ -104,7 +104,11 @@ class UndoLog:
         file = self._descriptors.get(segment.ordinal) or self._open(segment.ordinal)
         if file is None:
             raise StorageError(f"{segment.path} has left the window.")
-        return segment.read_columns(file.fd)
+        try:
+            return segment.read_columns(file.fd)
+        except CorruptionError:  # the power went before they were synced, which nobody waits for
+            tables = [bundle.rows for bundle in self.bundles_of(segment)]
+        return np.concatenate([rows["code"] for rows in tables]), np.concatenate([rows["seq"] for rows in tables])
 
     def bundles_after(self, seq: int) -> Iterator[Bundle]:
         """Every bundle that has anything of a record beyond `seq`, in order."""
@@ -309,10 +313,12 @@ class UndoLog:
             del self.segments[segment.ordinal]
             self._descriptors.pop(segment.ordinal, None)
         self.synced_seq = min(self.synced_seq, committed_seq)
-        _, file = self._begin(committed_seq + 1, old, close=False)
         if parts[0] or packed.codes:
-            self.sync(self._write(header_of(parts, packed, self.synced_seq), parts, packed))
+            header = header_of(parts, packed, self.synced_seq)
+            self._begin(header.first_seq, old, close=False)
+            self.sync(self._write(header, parts, packed))
         else:
+            _, file = self._begin(committed_seq + 1, old, close=False)
             self.sync(Written(bundle, [file], self.folder))
             self._folder_unsynced = False
         old.close(old_file.fd)

@@ -185,7 +185,7 @@ def test_every_kept_point_is_true(tmp_path: Path) -> None:
     Life.folder = tmp_path / "group"
     run = Life.TestCase
     run.settings = settings(
-        max_examples=int(os.environ.get("CDP_MODEL_EXAMPLES", "60")), stateful_step_count=14, deadline=None,
+        max_examples=int(os.environ.get("CDP_MODEL_EXAMPLES", "25")), stateful_step_count=14, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     run().runTest()

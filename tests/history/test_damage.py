@@ -1,0 +1,155 @@
+"""Bytes that were durable and are not what was written are never served, and never make a point up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cdp.errors import CorruptionError, StorageError
+from cdp.history.undo_format import PAGE_BYTES
+from tests.history.support import BLOCK, Group, write
+
+BLOCKS = 64
+
+
+def filled(folder: Path, segment_bytes: int = 1 << 20) -> Group:
+    """Single blocks and runs, raw and compressed, over three states."""
+    group = Group(folder, BLOCKS, segment_bytes=segment_bytes)
+    for i in range(4):
+        fill = os.urandom(BLOCK) if i % 2 else bytes([i + 1]) * 1000 + os.urandom(96) + bytes(3000)
+        group.bundle([write(0, fill * 48)], [write(50 + i, fill), write(50, fill)])
+    return group
+
+
+def segments(group: Group) -> list[Path]:
+    return sorted((group.folder / "history" / "undo").glob("undo-*"))
+
+
+def read_or_refusal(group: Group, seq: int) -> bytes | None:
+    try:
+        return group.read(seq)
+    except OSError as e:
+        assert e.errno == errno.EIO
+        return None
+
+
+def test_flipped_bytes_are_never_served(tmp_path: Path) -> None:
+    """Promise 6: every byte of the log flipped in turn (a sample of them), while it is open."""
+    group = filled(tmp_path)
+    (path,) = segments(group)
+    size, refused = group.history.log.newest.end, 0  # type: ignore[union-attr]
+    fd = os.open(path, os.O_RDWR)
+    for at in range(0, size, 211):
+        good = os.pread(fd, 1, at)
+        os.pwrite(fd, bytes([good[0] ^ 0x40]), at)
+        for seq in (0, 4, 7):
+            got = read_or_refusal(group, seq)
+            assert got is None or got == group.versions[seq]
+            refused += got is None
+        os.pwrite(fd, good, at)
+    assert refused > 100
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    os.close(fd)
+    group.close()
+
+
+def test_damage_below_the_committed_seq_is_an_error_at_start(tmp_path: Path) -> None:
+    """Promise 4: a bad checksum of what was known to be durable is not a torn tail."""
+    group = filled(tmp_path)
+    newest = group.history.applied_seq
+    group.history.close()
+    (path,) = segments(group)
+    saved = path.read_bytes()
+    for at in range(PAGE_BYTES, len(saved), 997):
+        damaged = bytearray(saved)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        try:
+            group.history = group.open()
+        except StorageError:
+            continue
+        try:
+            group.history.cut(newest)
+        except CorruptionError:
+            pass
+        else:
+            group.history.applied_seq = newest
+            for seq in (0, 5, newest):
+                got = read_or_refusal(group, seq)
+                assert got is None or got == group.versions[seq]
+        group.history.close()
+    os.close(group.fd)
+
+
+def test_a_missing_segment_is_an_error(tmp_path: Path) -> None:
+    group = filled(tmp_path, 1 << 16)
+    newest = group.history.applied_seq
+    group.history.close()
+    paths = segments(group)
+    assert len(paths) >= 3
+    for path in paths:
+        away = path.with_name("away")
+        path.rename(away)
+        with pytest.raises(CorruptionError):
+            group.open().cut(newest)
+        away.rename(path)
+    os.close(group.fd)
+
+
+def test_index_is_made_again_from_segments_alone(tmp_path: Path) -> None:
+    group = filled(tmp_path, 1 << 17)
+    newest = group.history.applied_seq
+    points = group.history.timeline.oldest(), group.history.timeline.newest()
+    group.history.close()
+    shutil.rmtree(tmp_path / "history" / "index")
+    group.history = group.open()
+    group.history.cut(newest)
+    assert (group.history.timeline.oldest(), group.history.timeline.newest()) == points
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    group.close()
+
+
+def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
+    """Promise 6: a reader that holds on to a dropped segment gets EIO, whatever stands in its file by then."""
+    group = filled(tmp_path, 1 << 16)
+    view = group.history.view(group.fd, 0, 1, BLOCKS * BLOCK, group.history.applied_seq)
+    target = memoryview(bytearray(BLOCKS * BLOCK))
+    view.read_into(0, target)
+    assert group.history.retain(None, 0, [], 0).dropped
+    for i in range(6):
+        group.bundle([write(0, os.urandom(BLOCK) * 40)])
+        with pytest.raises(OSError, match="left the window") as refusal:
+            view.read_into(0, target)
+        assert refusal.value.errno == errno.EIO, i
+        for call in (view.allocation, view.changed):
+            with pytest.raises(OSError, match="left the window"):
+                call(0, BLOCK)
+    oldest = group.history.oldest_seq
+    assert all(group.read(seq) == v for seq, v in group.versions.items() if seq >= oldest)
+    group.close()
+
+
+def test_a_failed_sync_ends_the_log(tmp_path: Path) -> None:
+    """Promise 3: after a sync that failed nothing more is taken, and nothing of it was published."""
+    group = filled(tmp_path)
+    batch = group.stream.batch([write(0, bytes(BLOCK))])
+    pending = group.history.append([batch], group.plan(batch), False)
+    with pytest.raises(StorageError, match="before it was synced"):
+        group.history.publish(pending)
+    spare, pending.written.files = pending.written.files, [_Closed()]  # type: ignore[list-item]
+    with pytest.raises(OSError, match="Bad file"):
+        group.history.sync(pending)
+    with pytest.raises(StorageError, match="cannot be trusted"):
+        group.history.append([batch], [], False)
+    assert spare
+    group.close()
+
+
+class _Closed:
+    """A file whose sync fails."""
+
+    fd = 1 << 20
