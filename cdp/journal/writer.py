@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from cdp import storage
@@ -65,12 +66,11 @@ class JournalWriter:
         self._identity = identity
         consumers.make_folder(folder)
         self._lock = storage.lock_file(f"{folder}/lock", 0, f"The journal {folder}")
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(storage.close, self._lock)
             self._recover(known_durable_seq)
-            self._open(max_bytes)
-        except BaseException:
-            storage.close(self._lock)
-            raise
+            self._open(max_bytes, on_error)
+            on_error.pop_all()
 
     def _recover(self, known_durable_seq: int) -> None:
         end = Recovery(self.folder, self._identity.group_id, known_durable_seq).find()
@@ -86,7 +86,7 @@ class JournalWriter:
         self._base_monotonic_ns = storage.monotonic_ns()  # … and the monotonic clock then
         self._found = end
 
-    def _open(self, max_bytes: int) -> None:
+    def _open(self, max_bytes: int, on_error: ExitStack) -> None:
         end = self._found
         self._failure: BaseException | None = None
         self._segments: deque[Segment] = deque()
@@ -96,12 +96,14 @@ class JournalWriter:
             if name <= self.last_seq:  # else nothing is in it, and the new segment takes its name
                 self._segments.append(Segment(name, size))
         self._spares = Spares(self.folder, self.segment_bytes, max_bytes)
+        on_error.callback(self._spares.close)
         for name in end.discarded:
             if name != self.last_seq + 1:
                 self._spares.give(self._path(name))
         self._syncs = Syncs(self.folder)
         self._current_bytes = self.segment_bytes
         self._current = self._begin_segment(self._spares.take(self._ended_bytes()), at_once=True)
+        on_error.callback(storage.close, self._current.fd)
         storage.sync_folder(self.folder)
         found = Mark(self.last_seq, self.last_crc, self.order_ns, self._current.first_seq, self._current.end)
         self._publisher = Publisher(self.folder, self._identity, found)

@@ -139,8 +139,9 @@ class JournalMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.writer is not None:
             self.durable = support.sync(self.writer)
-            while self.chain.seq < self.writer.last_seq:
+            while (before := self.chain.seq) < self.writer.last_seq:
                 self.read(1 << 20)
+                assert self.chain.seq > before, "published, and not readable"
             self.writer.close()
         self.reader_restarts()
         self.disk.close()
