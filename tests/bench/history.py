@@ -105,8 +105,9 @@ def writes(folder: Path, count: int) -> None:
 def fill_large(history: History, places: list[tuple[int, int]], content: Callable[[int], memoryview]) -> float:
     spent, stream = 0.0, Stream()
     for at in range(0, len(places), 8):
-        batches = [stream.batch([write(block, b"")], 1_000_000) for block, _ in places[at : at + 8]]
-        extents = [Extent(0, b, n, batches[0].first_seq + i, content(n)) for i, (b, n) in enumerate(places[at : at + 8])]
+        part = places[at : at + 8]
+        batches = [stream.batch([write(block, b"")], 1_000_000) for block, _ in part]
+        extents = [Extent(0, b, n, batches[0].first_seq + i, content(n)) for i, (b, n) in enumerate(part)]
         start = time.perf_counter()
         pending = history.append(batches, extents, False)
         history.sync(pending)
@@ -126,7 +127,7 @@ def reads(folder: Path, entries: int, kind: str) -> None:
     newest, size = history.applied_seq, VOLUME_BLOCKS * BLOCK
     target = memoryview(bytearray(1 << 20))
     touched = [block for block, _ in chance.sample(places, min(100_000, entries))]
-    for label, warm in (("first time", False), ("again", True)):
+    for label in ("first time", "again"):
         start = time.perf_counter()
         view = history.view(replica, 0, 1, size, newest)
         view.read_into(touched[0] * BLOCK, target[:BLOCK])

@@ -1,4 +1,4 @@
-"""A group's stream for tests: batches that chain, over a replica that is a plain file, beside a model of every version."""
+"""A group's stream for tests: batches that chain, a replica that is a plain file, a model of every version."""
 
 from __future__ import annotations
 
