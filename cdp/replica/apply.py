@@ -64,8 +64,8 @@ class Settings:
 
 
 class ApplyThread:
-    """One life of a group's replay. Other threads read its attributes; `condition` is notified when `applied` or
-    `failed` changes."""
+    """One life of a group's replay. Other threads read its attributes; `condition` is notified when `applied`,
+    `failed`, `stalled` or the window's oldest point changes."""
 
     def __init__(self, settings: Settings, pins: Pins) -> None:
         self._settings, self._pins = settings, pins
@@ -170,17 +170,23 @@ class ApplyThread:
                     raise
                 self._stall(reason(e.code, str(e)))
             else:
-                self.stalled = None
+                if self.stalled is not None:
+                    self._set_stalled(None)
                 return result
 
     def _stall(self, why: Reason) -> None:
         if self.stalled is None:
             log.warning("group %s: %s", self.group, why["text"])
-        self.stalled = why
+        self._set_stalled(why)
         self._opened.set()
         self._pause(RETRY_SECONDS)
         if self._stop:
             raise _Stopping
+
+    def _set_stalled(self, why: Reason | None) -> None:
+        with self.condition:
+            self.stalled = why
+            self.condition.notify_all()
 
     def _pause(self, seconds: float, *descriptors: int) -> None:
         """Until `stop`, or one of the descriptors is readable, at most so long."""
@@ -261,6 +267,9 @@ class ApplyThread:
         s = self._settings
         kept = self.history.retain(s.window_ns, s.window_bytes, self._pins.seqs(), pipeline.applied.time_ns)
         self.window_short = kept.short
+        if kept.dropped:
+            with self.condition:
+                self.condition.notify_all()
 
     def _finish(self, reader: JournalReader, pipeline: Pipeline, committer: Committer) -> None:
         """A clean stop: the replica is the newest applied state, by itself."""

@@ -85,7 +85,7 @@ class Planner:
         self._pool = bytearray(_POOL_BYTES)
         self._view = memoryview(self._pool)
         # Prepared once: slicing a view costs as much as half the read.
-        self._slots = [self._view[i : i + BLOCK_BYTES] for i in range(0, _POOL_BYTES, BLOCK_BYTES)]
+        self._slots = [(self._view[i : i + BLOCK_BYTES],) for i in range(0, _POOL_BYTES, BLOCK_BYTES)]
         self._sizes = {f.volume: f.size for f in replica.files.values()}
         self._overlay: dict[int, Known] = {}
         self._read_flags = storage.RWF_NOWAIT
@@ -118,7 +118,7 @@ class Planner:
     def plan(self, batches: list[Batch]) -> Iterator[Bundle]:
         """Bundles in order, the last ends with the last batch. When the next one is asked for, all but the last
         yielded are in the replica. Raises CorruptionError for a record that contradicts its volume, OSError."""
-        slots, pool, zeros = self._slots, self._pool, bytes(BLOCK_BYTES)
+        slots, pool, zeros, preadv = self._slots, self._pool, bytes(BLOCK_BYTES), storage.preadv
         for batch in batches:
             data, at, seq, current = batch.data, 0, batch.first_seq, -1
             self._warmed = False
@@ -130,7 +130,7 @@ class Planner:
                         current = -1
                     if volume != current:
                         target = self._target(volume, seq)
-                        results, overlay, read = target.results, target.overlay, target.file.read_into
+                        results, overlay, fd = target.results, target.overlay, target.file.fd
                         last_offset, current = target.size - BLOCK_BYTES, volume
                         add = self._bundle.extents.append
                     if offset > last_offset:
@@ -140,9 +140,11 @@ class Planner:
                     if before is _MISSING:
                         before = overlay.get(block, _MISSING)
                         if before is _MISSING:
-                            before = slots[self._used]
+                            slot = slots[self._used]
+                            before = slot[0]
                             try:
-                                read(before, block, self._read_flags)
+                                if preadv(fd, slot, offset, self._read_flags) != BLOCK_BYTES:
+                                    target.file.read_into(before, block)
                             except OSError as e:
                                 self._read_cold(target, block, before, e)
                             if pool.startswith(zeros, self._used << BLOCK_SHIFT):

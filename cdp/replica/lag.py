@@ -17,6 +17,7 @@ class Lag:
         self.end_seq = 0
         self._read_seq = 0
         self._record_bytes = 0.0
+        self._looked = False
 
     def read(self, last_seq: int, size: int, records: int) -> None:
         """`records` of `size` bytes up to `last_seq` were read."""
@@ -26,8 +27,8 @@ class Lag:
     def look(self, end_seq: int, waiting_bytes: int) -> None:
         """Once a second: the journal's end, and the bytes read that are not applied."""
         lag = waiting_bytes + round(max(0, end_seq - self._read_seq) * self._record_bytes) if self._read_seq else 0
-        if lag > max(FAST_ABOVE_BYTES, self.lag_bytes):
+        if self._looked and lag > max(FAST_ABOVE_BYTES, self.lag_bytes):  # a backlog at the start has not grown
             self.fast = True
         elif lag < FAST_BELOW_BYTES:
             self.fast = False
-        self.end_seq, self.lag_bytes = end_seq, lag
+        self.end_seq, self.lag_bytes, self._looked = end_seq, lag, True

@@ -1,9 +1,10 @@
-"""Model test: whatever is written, and wherever the replayer is killed, every kept point equals a bytearray's history."""
+"""Model test: wherever the replayer is killed, every kept point equals a history of bytearrays."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ NAMES = {1: "db", 2: "log"}
 
 
 class Replay(RuleBasedStateMachine):
-    """Two volumes; batches of any records; clean restarts, kills at any file operation, `check` with nothing running."""
+    """Two volumes, batches of any records, clean restarts, kills at any file operation, `check` in between."""
 
     @initialize()
     def begin(self) -> None:
@@ -35,8 +36,8 @@ class Replay(RuleBasedStateMachine):
         self.rig.start()
 
     @rule(
-        volume=st.sampled_from((1, 2)), at=st.integers(0, 1 << 20), length=st.integers(1, 20000), fill=st.integers(0, 255),
-        aligned=st.booleans(), flags=st.sampled_from((0, fmt.FUA)),
+        volume=st.sampled_from((1, 2)), at=st.integers(0, 1 << 20), length=st.integers(1, 20000),
+        fill=st.integers(0, 255), aligned=st.booleans(), flags=st.sampled_from((0, fmt.FUA)),
     )  # fmt: skip
     def write(self, volume: int, at: int, length: int, fill: int, aligned: bool, flags: int) -> None:
         offset = at % SIZES[volume]
@@ -85,10 +86,8 @@ class Replay(RuleBasedStateMachine):
         """Promise 5: killed anywhere, the replica is put back to its committed seq, and replay goes on from there."""
         last = self.feed.flush()
         with killed_at(step, half_done):
-            try:
+            with suppress(RefusedError):  # killed before it came so far
                 self.rig.replayer.wait_applied(last, WAIT_SECONDS)
-            except RefusedError:
-                pass  # killed before it came so far
             self.rig.replayer.stop()
         if check:
             found = restart.check_group(self.rig.folder, SEGMENT_BYTES)
@@ -101,7 +100,8 @@ class Replay(RuleBasedStateMachine):
     @invariant()
     def alive(self) -> None:
         if hasattr(self, "rig"):
-            assert self.rig.replayer.state == "protected" or not self.rig.replayer.applied.seq, self.rig.replayer.status()
+            replayer = self.rig.replayer
+            assert replayer.state == "protected" or not replayer.applied.seq, replayer.status()
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):
