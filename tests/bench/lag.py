@@ -11,8 +11,8 @@ from tests.bench.ours import Ours
 
 RATE = 30_000
 SECONDS = 30
-# A status call starts a process; more of them would be the load.
-SAMPLE_SECONDS = 4.0
+# Each costs both children a snapshot.
+SAMPLE_SECONDS = 2.0
 # The first samples hold the burst of the start.
 SETTLE_SECONDS = 8.0
 # Heartbeat, bundling and the age of the figures are in it; what grows passes it within seconds.

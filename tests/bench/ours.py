@@ -49,7 +49,7 @@ class Ours:
         return {name: service.process.pid for name, service in self.appliance.services.items()}
 
     def group(self) -> dict[str, Any]:
-        group = self.appliance.status(check=False)["groups"][0]
+        group = self.appliance.look()["groups"][0]
         assert isinstance(group, dict)
         return group
 

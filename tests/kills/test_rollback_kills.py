@@ -20,7 +20,7 @@ from tests.support.running import CDP, Appliance, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SIZE = 128 << 20
+SIZE = 64 << 20
 VOLUME = "db"
 PIECE = 1 << 20
 
@@ -55,13 +55,12 @@ def read(appliance: Appliance, side: str, export: str) -> bytes:
 
 
 def group_state(appliance: Appliance) -> str | None:
-    groups = appliance.status(check=False).get("groups") or [{}]
-    state = groups[0].get("state")
+    state = appliance.look()["groups"][0]["state"]
     return None if state is None else str(state)
 
 
 @pytest.mark.parametrize("victim", ["cli", "collector", "replayer", "rollback"])
-@pytest.mark.parametrize("moment_ms", [0, 150, 600])
+@pytest.mark.parametrize("moment_ms", [0, 300])
 def test_killed_rollback_ends_well(appliance: Appliance, victim: str, moment_ms: int) -> None:
     """Promise 7: interrupted it resumes; the target is there, and so is the state that it replaced."""
     target = overwrite(appliance, 1)
@@ -78,7 +77,7 @@ def test_killed_rollback_ends_well(appliance: Appliance, victim: str, moment_ms:
     output, _ = command.communicate(timeout=120)
     wait_for(lambda: group_state(appliance) == "protected", f"protected again; {output!r}", 120)
     found = read(appliance, "collector", VOLUME)
-    # Two steps: pytest must not try to explain 128 MiB.
+    # Two steps: pytest must not try to explain megabytes.
     same = found == target
     assert same, difference("the volume after the rollback", found, target)
     for name, expected in (("target", target), ("newest", newest)):

@@ -115,7 +115,7 @@ class ServiceThread:
 
     def stop(self) -> None:
         """A clean stop; what went wrong in the thread comes out here."""
-        if self._loop is not None:
+        if self._loop is not None and self.error is None:
             self._loop.stop()
         self._thread.join(COMMAND_SECONDS)
         if self._thread.is_alive():

@@ -13,7 +13,7 @@ from tests.model.in_process import InProcessRig
 from tests.model.machine import Machine
 from tests.model.rig import Rig
 
-EXAMPLES = 3000 if os.environ.get("CDP_PROFILE") == "soak" else 12
+EXAMPLES = 3000 if os.environ.get("CDP_PROFILE") == "soak" else 10
 STEPS = 40
 
 
