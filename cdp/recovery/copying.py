@@ -1,13 +1,16 @@
 """Copying what differs from a past export onto a primary, and proving it, with many requests in flight.
 
-What differs comes from the `cdp:changed` context of the past's export, what of it is zeros from `base:allocation`:
-zeros become WRITE_ZEROES, which may punch holes, and cost nothing by their length. Nothing here grows with the volume
-or with what differs: extents are asked for as the copy proceeds, and the requests in flight are bounded.
+What differs comes from the `cdp:changed` context, on a connection of its own: nothing else is asked about the rest of
+the volume, so the time follows the change. What of it is zeros becomes WRITE_ZEROES, which may punch holes: large
+extents are asked about (`base:allocation`), small ones are read and looked at. Nothing here grows with the volume or
+with what differs: extents are asked for as the copy proceeds, and the requests in flight are bounded.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from cdp.nbd import wire
@@ -18,12 +21,14 @@ from cdp.recovery.past import CHANGED
 # at most 16 MiB a connection with large ones. A write of at most 1 MiB is one record.
 DEPTH = 64
 PIECE_BYTES = 256 << 10
-# One BLOCK_STATUS or WRITE_ZEROES: a server answers for the beginning if a status is too much for it.
-_STEP_BYTES = 1 << 30
+# One BLOCK_STATUS: a server answers for the beginning if this is too much for it.
+_STATUS_BYTES = 1 << 31
+# One WRITE_ZEROES; and asking which part of an extent is zeros is worth a round trip from this length on.
+_ZERO_BYTES, _ASK_BYTES = 1 << 30, 1 << 20
 # Places that differ after a copy: more of them say no more.
 _MAX_UNEQUAL = 1000
 _DIFFERS = 1
-Extents = list[tuple[int, int]]  # length, flags
+Extents = list[tuple[int, int]]
 
 
 class Extent(NamedTuple):
@@ -34,100 +39,99 @@ class Extent(NamedTuple):
     zero: bool
 
 
-def extents(source: Client, start: int = 0, only_changed: bool = True) -> Iterator[Extent]:
-    """What differs (or all that may hold data, if not `only_changed`) from `start` on, in order."""
-    while start < source.size:
-        answer = source.block_status(start, min(_STEP_BYTES, source.size - start))
-        allocation = answer.get(wire.BASE_ALLOCATION, [])
-        changed = answer.get(CHANGED, [])
-        if not only_changed:
-            changed = [(length, _DIFFERS) for length, _ in allocation]
+def stretches(client: Client, context: str, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(offset, length, flags) of a context over [start, end), in order. Raises OSError."""
+    while start < end:
         before = start
-        for length, differs, state in _both(changed, allocation):
-            zero = bool(state & wire.STATE_ZERO)
-            if differs & _DIFFERS and (only_changed or not zero):
-                yield Extent(start, length, zero)
+        answer = client.block_status(start, min(_STATUS_BYTES, end - start))
+        for length, flags in answer.get(context, []):
+            length = min(length, end - start)
+            yield start, length, flags
             start += length
         if start == before:
-            raise OSError(f"the NBD server says nothing about offset {start}")
+            raise OSError(f"the NBD server says nothing of {context} at offset {start}")
 
 
-def _both(first: Extents, second: Extents) -> Iterator[tuple[int, int, int]]:
-    """(length, flags, flags) as far as both lists say something."""
-    a, b = iter(first), iter(second)
-    a_left = b_left = a_flags = b_flags = 0
-    while True:
-        if not a_left:
-            a_left, a_flags = next(a, (0, 0))
-        if not b_left:
-            b_left, b_flags = next(b, (0, 0))
-        length = min(a_left, b_left)
-        if not length:
-            return
-        yield length, a_flags, b_flags
-        a_left, b_left = a_left - length, b_left - length
+def ranges(changes: Client, start: int = 0) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what differs from `start` on, neighbours joined."""
+    first = end = start
+    for offset, length, flags in stretches(changes, CHANGED, start, changes.size):
+        if not flags & _DIFFERS:
+            continue
+        if offset != end and end > first:
+            yield first, end - first
+        if offset != end:
+            first = offset
+        end = offset + length
+    if end > first:
+        yield first, end - first
 
 
-def measure(source: Client) -> tuple[int, int]:
-    """(bytes, extents) that differ; neighbours count as one."""
-    total = count = end = 0
-    for extent in extents(source):
-        total += extent.length
-        count += extent.offset != end or not count
-        end = extent.offset + extent.length
+def measure(changes: Client) -> tuple[int, int]:
+    """(bytes, extents) that differ."""
+    total = count = 0
+    for _, length in ranges(changes):
+        total, count = total + length, count + 1
     return total, count
 
 
-def ranges(source: Client) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what differs, neighbours joined."""
-    start = end = 0
-    for extent in extents(source):
-        if extent.offset != end and end > start:
-            yield start, end - start
-        if extent.offset != end or end == start:
-            start = extent.offset
-        end = extent.offset + extent.length
-    if end > start:
-        yield start, end - start
+def with_zeros(source: Client, parts: Iterable[tuple[int, int]], ask_bytes: int = _ASK_BYTES) -> Iterator[Extent]:
+    """The same, parted where `source` says of those of at least `ask_bytes` that they are zeros."""
+    for offset, length in parts:
+        if length < ask_bytes:
+            yield Extent(offset, length, False)
+            continue
+        for start, size, state in stretches(source, wire.BASE_ALLOCATION, offset, offset + length):
+            yield Extent(start, size, bool(state & wire.STATE_ZERO))
 
 
 def pieces(parts: Iterable[Extent]) -> Iterator[Extent]:
     """The same in pieces that are one request each."""
     for offset, length, zero in parts:
         while length:
-            piece = min(length, _STEP_BYTES if zero else PIECE_BYTES - offset % PIECE_BYTES)
+            piece = min(length, _ZERO_BYTES if zero else PIECE_BYTES - offset % PIECE_BYTES)
             yield Extent(offset, piece, zero)
             offset, length = offset + piece, length - piece
+
+
+def _is_zero(content: bytearray) -> bool:
+    return not content[0] and not content[-1] and content == bytes(len(content))
 
 
 class Copier:
     """A past export and the locked primary that gets its content."""
 
     def __init__(self, source_address: str, source_name: str, target_address: str, target_name: str) -> None:
-        self.source = Client.connect(source_address, source_name, (wire.BASE_ALLOCATION, CHANGED))
-        try:
-            self.target = Client.connect(target_address, target_name, (wire.BASE_ALLOCATION,))
-        except BaseException:
-            self.source.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            source = partial(Client.connect, source_address, source_name)
+            self.changes = opened.enter_context(source((CHANGED,)))
+            self.source = opened.enter_context(source((wire.BASE_ALLOCATION,)))
+            self.target = opened.enter_context(Client.connect(target_address, target_name, (wire.BASE_ALLOCATION,)))
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Copier:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.source.close()
-        self.target.close()
+        self._opened.close()
 
     def copy(self, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
         """Copies what differs from offset `start` on; yields the offset up to which it is durable, now and then and
         at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
         reads, writes = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
         done = since = 0
-        for offset, length, zero in pieces(extents(self.source, start)):
+
+        def write(offset: int, content: bytearray) -> None:
+            if _is_zero(content):
+                writes.zero(offset, len(content))
+            else:
+                writes.write(offset, content)
+
+        for offset, length, zero in pieces(with_zeros(self.source, ranges(self.changes, start))):
             if zero:
                 writes.zero(offset, length)
             else:
-                reads.read(offset, length, writes.write)
+                reads.read(offset, length, write)
             done, since = done + length, since + length
             on_bytes(done)
             if since >= checkpoint_bytes:
@@ -146,10 +150,11 @@ class Copier:
         theirs, ours = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
         comparison = _Comparison()
         done = 0
-        for offset, length, zero in pieces(extents(self.source)):
+        for offset, length, zero in pieces(with_zeros(self.source, ranges(self.changes))):
             if zero:
-                for part in pieces(_data_within(self.target, offset, length)):
-                    ours.read(part.offset, part.length, comparison.zeros)
+                for part in pieces(with_zeros(self.target, [(offset, length)])):
+                    if not part.zero:
+                        ours.read(part.offset, part.length, comparison.zeros)
             else:
                 theirs.read(offset, length, comparison.meet)
                 ours.read(offset, length, comparison.meet)
@@ -175,20 +180,9 @@ class _Comparison:
             self._note(offset, len(content))
 
     def zeros(self, offset: int, content: bytearray) -> None:
-        if content.count(0) != len(content):
+        if not _is_zero(content):
             self._note(offset, len(content))
 
     def _note(self, offset: int, length: int) -> None:
         if len(self.unequal) < _MAX_UNEQUAL:
             self.unequal.append((offset, length))
-
-
-def _data_within(client: Client, offset: int, length: int) -> Iterator[Extent]:
-    """What of a range may hold data."""
-    end = offset + length
-    while offset < end:
-        left = end - offset
-        for size, state in client.block_status(offset, left).get(wire.BASE_ALLOCATION) or [(left, 0)]:
-            if not state & wire.STATE_ZERO:
-                yield Extent(offset, size, False)
-            offset += size

@@ -19,7 +19,7 @@ from cdp import storage
 from cdp.errors import RefusedError, StorageError, UsageError
 from cdp.nbd import wire
 from cdp.nbd.client import Client
-from cdp.recovery.copying import DEPTH, extents, pieces
+from cdp.recovery.copying import DEPTH, pieces, with_zeros
 
 RAW, QCOW2 = "raw", "qcow2"
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
@@ -97,8 +97,9 @@ def _write_raw(address: str, name: str, path: str, on_bytes: OnBytes) -> int:
         with Client.connect(address, name, (wire.BASE_ALLOCATION,)) as source:
             storage.ftruncate(fd, source.size)
             reads = source.pipeline(DEPTH)
-            for offset, length, _ in pieces(extents(source, only_changed=False)):
-                reads.read(offset, length, lambda at, content: _write_all(fd, memoryview(content), at))
+            for offset, length, zero in pieces(with_zeros(source, [(0, source.size)], ask_bytes=0)):
+                if not zero:
+                    reads.read(offset, length, lambda at, content: _write_all(fd, memoryview(content), at))
                 on_bytes(offset, source.size)
             reads.finish()
             on_bytes(source.size, source.size)

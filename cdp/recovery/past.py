@@ -62,8 +62,9 @@ class Source(Protocol):
 class PastLimits:
     """Bounds of the process that serves the past."""
 
-    # Each pinned point may hold a window's worth of disk for as long as its client stays: some dozen VMs and tools.
-    pinned_points: int = 64
+    # Each pinned point may hold a window's worth of disk for as long as its client stays: some dozen VMs and tools,
+    # and fewer than a group has pins, so that rollbacks find one.
+    pinned_points: int = 48
 
 
 class Past:
@@ -126,7 +127,10 @@ class Past:
         """Keeps the point's history while a pin is left."""
         if self._pins_left < 1:
             return None
-        pin = source.pin(seq)
+        try:
+            pin = source.pin(seq)
+        except RefusedError:  # others hold them all
+            return None
         self._pins_left -= 1
         return pin
 

@@ -215,7 +215,7 @@ class Rollback:
     def _copy(self) -> str:
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
-                self.job.bytes[volume], self.job.extents[volume] = measure(copier.source)
+                self.job.bytes[volume], self.job.extents[volume] = measure(copier.changes)
                 start = self.job.copied_to.get(volume, 0)
                 for copied_to in copier.copy(start, CHECKPOINT_BYTES, self._on_bytes(volume)):
                     self.job.copied_to[volume] = copied_to
@@ -227,7 +227,7 @@ class Rollback:
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
                 unequal = copier.compare(self._on_bytes(volume))
-                taken = self._commands.verify(volume, ranges(copier.source))
+                taken = self._commands.verify(volume, ranges(copier.changes))
             if taken is not None:
                 self._wait_applied(taken[1])
                 unequal += self._commands.mismatches(volume, *taken)

@@ -178,8 +178,8 @@ def test_what_is_copied_makes_the_other_equal_and_comparing_finds_one_byte(serve
     target.write_bytes(made.feed.model[second][1])
     with serving(OneExport(FileExport(str(target))), tmp_path / "target.sock") as there:
         with Copier(address, f"db@seq:{first}", there, "x") as copier:
-            assert measure(copier.source) == (3 * MIB + 1536, 3)
-            assert list(ranges(copier.source)) == [(MIB, 2 * MIB), (6 * MIB, MIB), (8 * MIB, 1536)]
+            assert measure(copier.changes) == (3 * MIB + 1536, 3)
+            assert list(ranges(copier.changes)) == [(MIB, 2 * MIB), (6 * MIB, MIB), (8 * MIB, 1536)]
             assert copier.compare(lambda done: None)
             durable = list(copier.copy(0, MIB, lambda done: None))
             assert durable == sorted(durable) and durable[-1] == SIZE and len(durable) > 2
