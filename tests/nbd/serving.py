@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -15,6 +16,7 @@ from cdp.nbd.contract import Exports, Limits
 from cdp.nbd.loop import Loop
 
 WAIT_SECONDS = 10.0
+SIZE = 64 << 20  # of the image in `conftest.py`
 
 
 class Server:
@@ -81,3 +83,20 @@ def at_end(sock: socket.socket) -> bool:
     except ConnectionError:
         pass
     return True
+
+
+def on_loop(server: Server, call: Callable[[], object]) -> None:
+    """Runs something on the loop's thread, through a descriptor it watches."""
+    done = threading.Event()
+    read, write = os.pipe()
+
+    def run() -> None:
+        server.loop.remove_reader(read)
+        call()
+        done.set()
+
+    server.loop.add_reader(read, run)
+    os.write(write, b"x")
+    assert done.wait(WAIT_SECONDS)
+    os.close(read)
+    os.close(write)

@@ -6,37 +6,18 @@ import errno
 import os
 import socket
 import struct
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cdp.errors import NotFoundError, RefusedError, UnreachableError
+from cdp.errors import NotFoundError, UnreachableError
 from cdp.nbd import wire
 from cdp.nbd.client import Client, list_exports
 from cdp.nbd.client_handshake import exactly
 from cdp.nbd.connection import Connection
 from cdp.nbd.contract import Limits, Request
-from cdp.nbd.loop import Loop
 from tests.nbd.memory_export import FileExport, OneExport
-from tests.nbd.serving import WAIT_SECONDS, Server, at_end, opened, request, serving, until
-
-SIZE = 64 << 20
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    path = tmp_path / "image.raw"
-    path.touch()
-    os.truncate(path, SIZE)
-    return str(path)
-
-
-@pytest.fixture
-def server(tmp_path: Path, image: str) -> Iterator[Server]:
-    with serving(OneExport(FileExport(image)), tmp_path) as running:
-        yield running
+from tests.nbd.serving import SIZE, WAIT_SECONDS, Server, at_end, on_loop, opened, request, serving, until
 
 
 class LateExport(FileExport):
@@ -60,23 +41,6 @@ class LateExport(FileExport):
                 if data is not None:
                     os.pwrite(self.fd, data, offset)
                 connection.done(cookie)
-
-
-def on_loop(server: Server, call: object) -> None:
-    """Runs something on the loop's thread, through a descriptor it watches."""
-    done = threading.Event()
-    read, write = os.pipe()
-
-    def run() -> None:
-        server.loop.remove_reader(read)
-        call()  # type: ignore[operator]
-        done.set()
-
-    server.loop.add_reader(read, run)
-    os.write(write, b"x")
-    assert done.wait(WAIT_SECONDS)
-    os.close(read)
-    os.close(write)
 
 
 def test_every_command(server: Server) -> None:
@@ -303,39 +267,6 @@ def test_slow_handshake_and_too_many_connections(tmp_path: Path, image: str) -> 
             until(lambda: len(server.loop.connections()) == 1, "a place is free")
             Client.connect(server.uri()).close()
             good.flush()
-
-
-# --- addresses
-
-
-def test_stale_socket_is_replaced_and_a_live_one_refused(server: Server, tmp_path: Path, image: str) -> None:
-    other = Loop(OneExport(FileExport(image)))
-    with pytest.raises(RefusedError, match="in use"):
-        other.listen(server.address)
-    stale = tmp_path / "stale.sock"
-    dead = socket.socket(socket.AF_UNIX)
-    dead.bind(str(stale))
-    dead.close()
-    assert other.listen(f"unix:{stale}") == f"unix:{stale}"
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(RefusedError, match="no socket"):
-        other.listen(f"unix:{tmp_path}/file")
-    other.stop()
-    other.run()
-    assert not stale.exists()
-
-
-def test_long_paths_and_tcp(tmp_path: Path, image: str) -> None:
-    folder = tmp_path / ("long" * 30)
-    folder.mkdir()
-    with serving(OneExport(FileExport(image)), folder) as server:
-        with Client.connect(server.uri()) as c:
-            assert c.read(0, 1) == b"\0"
-        bound: list[str] = []
-        on_loop(server, lambda: bound.append(server.loop.listen("tcp:127.0.0.1:0")))
-        with Client.connect(bound[0].replace("tcp:", "nbd://") + "/x") as c:
-            c.write(0, bytes(3 << 20))
-            assert c.read(0, 3 << 20) == bytes(3 << 20)
 
 
 def test_a_failing_export_ends_its_connection_only(tmp_path: Path, image: str) -> None:
