@@ -75,7 +75,6 @@ class History:
         self._rows = TimelineWriter(self.entries)
         self._torn: Bundle | None = None
         self._flushed_ordinal = 0
-        self._cached_bytes = 0
         self.timeline = Timeline(self.entries, self)
 
     # --- starting again
@@ -160,7 +159,7 @@ class History:
                     self._index(bundle)
 
     def _check_reaches(self, committed_seq: int) -> None:
-        if self._begun and self.log.last_seq < committed_seq:
+        if self._begun and max(self.log.last_seq, self._origin_seq) < committed_seq:
             raise CorruptionError(
                 f"The undo log ends at seq {self.log.last_seq}, but the replica is at {committed_seq}.",
                 "Restore the history's folder, or resync the group's volumes.",
@@ -208,7 +207,10 @@ class History:
     def retain(
         self, window_ns: int | None, window_bytes: int | None, pins: Iterable[int], now_ns: int
     ) -> Retained:
-        """Drops the oldest segments that neither the window nor a pin needs. None: no such limit."""
+        """Drops the oldest segments that neither the window nor a pin needs. None: no such limit.
+
+        The replica's committed seq must be among the pins: putting it back needs every entry after that.
+        """
         facts = [
             retention.SegmentFacts(s.ordinal, s.last_seq, s.last_order_ns, s.file_bytes)
             for s in self.log.segments.values()
@@ -223,14 +225,11 @@ class History:
     def _drop(self, ordinals: Sequence[int], oldest_seq: int) -> None:
         self.oldest_seq = max(self.oldest_seq, oldest_seq)
         self._write_oldest()
-        if ordinals[-1] >= self._flushed_ordinal:
-            # Names of bookmarks must outlive the segment that says them.
-            self._rows.expire(self.oldest_seq)
+        self._rows.expire(self.oldest_seq)
+        if ordinals[-1] >= self._flushed_ordinal and (newest := self.log.newest) is not None:
+            # Names of bookmarks must outlive the segments that say them.
             self.entries.flush()
-            newest = self.log.newest
-            self._flushed_ordinal = newest.ordinal if newest else 0
-        else:
-            self._rows.expire(self.oldest_seq)
+            self._flushed_ordinal = newest.ordinal
         for ordinal in ordinals:
             codes, seqs = self.log.columns(self.log.segments[ordinal])
             self.entries.write((), keys_of(codes, seqs))
@@ -259,6 +258,10 @@ class History:
     def _check_whole(self) -> None:
         """What the window needs must be there."""
         first = next(iter(self.log.segments.values()), None)
+        if first is not None and not self._begun:  # without its file the window begins where the log does
+            self.oldest_seq = self._origin_seq = first.opening.prev_seq
+            self._write_oldest()
+            self._begun = True
         if first is not None and first.opening.prev_seq > self.oldest_seq:
             raise CorruptionError(
                 f"The undo log begins after seq {first.opening.prev_seq}, but the window at {self.oldest_seq}.",

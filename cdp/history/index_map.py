@@ -23,7 +23,7 @@ from rocksdict import (
 # blocks, filters and indexes of the files.
 _MEMTABLE_BYTES = 16 << 20
 _CACHE_BYTES = 64 << 20
-_MAX_OPEN_FILES = 256
+_MAX_OPEN_FILES = 128
 
 
 class Cursor(Protocol):

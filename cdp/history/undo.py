@@ -41,8 +41,8 @@ _MAX_SEGMENT_BYTES = 3 << 30
 _MAX_SEGMENT_ENTRIES = 1 << 18
 # Kept to be written again; more than what one round of retention frees is given back to the file system.
 _MAX_SPARES = 4
-# Open files of one log; a read of another segment opens it again.
-_MAX_DESCRIPTORS = 128
+# Open files of one log (24 GiB of it); a read of another segment opens it again.
+_MAX_DESCRIPTORS = 384
 
 
 @dataclass(slots=True)

@@ -1,0 +1,131 @@
+"""The index on another sorted map: nothing in the history knows which one it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from sortedcontainers import SortedDict
+
+from cdp.errors import StorageError
+from cdp.history.history import History
+from tests.history.support import BLOCK, Group, bookmark, resize, write
+
+
+class MemoryMap:
+    """A map that forgets everything when its process ends."""
+
+    def __init__(self) -> None:
+        self._rows: SortedDict[bytes, bytes] = SortedDict()
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._rows.get(key)
+
+    def cursor(self) -> MemoryCursor:
+        return MemoryCursor(list(self._rows.items()))
+
+    def write(self, puts: Iterable[tuple[bytes, bytes]], deletes: Iterable[bytes] = ()) -> None:
+        for key in deletes:
+            self._rows.pop(key, None)
+        self._rows.update(puts)
+
+    def flush(self) -> None:
+        """Nothing outlives it anyway."""
+
+    def bytes(self) -> int:
+        return sum(len(k) + len(v) for k, v in self._rows.items())
+
+    def close(self) -> None:
+        self._rows.clear()
+
+
+class MemoryCursor:
+    """Over a copy, as the contract says: a snapshot."""
+
+    def __init__(self, rows: list[tuple[bytes, bytes]]) -> None:
+        self._rows = SortedDict(rows)
+        self._keys = self._rows.keys()
+        self._at = -1
+
+    def seek(self, key: bytes) -> None:
+        self._at = self._rows.bisect_left(key)
+
+    def seek_for_prev(self, key: bytes) -> None:
+        self._at = self._rows.bisect_right(key) - 1
+
+    def valid(self) -> bool:
+        return 0 <= self._at < len(self._rows)
+
+    def key(self) -> bytes:
+        return self._keys[self._at]
+
+    def value(self) -> bytes:
+        return self._rows[self._keys[self._at]]
+
+    def next(self) -> None:
+        self._at += 1
+
+    def prev(self) -> None:
+        self._at -= 1
+
+
+class Standing(Group):
+    """A group whose index is in memory."""
+
+    def open(self) -> History:
+        folder = str(self.folder / "history")
+        return History(folder, segment_bytes=1 << 17, compress=True, entries=MemoryMap())
+
+
+def test_same_life_on_another_map(tmp_path: Path) -> None:
+    group = Standing(tmp_path, 40)
+    group.bundle([resize(40 * BLOCK, "db"), bookmark("first")])
+    for i in range(12):
+        group.bundle([write(i, os.urandom(BLOCK) * 20)], [write(i, bytes(BLOCK)), bookmark(f"b{i}")])
+    middle = group.batches[len(group.batches) // 2].last_seq
+    group.history.close()
+    group.history = group.open()  # with an empty map: all of it is made again
+    group.put_back(middle)
+    assert os.pread(group.fd, 40 * BLOCK, 0) == group.versions[middle]
+    assert group.history.retain(None, 1 << 17, [middle], 0).dropped
+    oldest = group.history.oldest_seq
+    assert 0 < oldest <= middle
+    assert all(group.read(seq) == v for seq, v in group.versions.items() if seq >= oldest)
+    assert group.history.timeline.was_bookmark("first")
+    group.close()
+
+
+def test_a_pin_at_the_committed_seq_keeps_what_putting_back_needs(tmp_path: Path) -> None:
+    """Promise 5: retention by size takes nothing that the replica may still have to be put back with."""
+    group = Group(tmp_path, 40, segment_bytes=1 << 16)
+    committed = group.bundle([write(0, os.urandom(BLOCK) * 20)])
+    for i in range(8):
+        group.bundle([write(i, os.urandom(BLOCK) * 20)])
+    kept = group.history.retain(None, 0, [committed], 0)
+    assert kept.pinned and kept.oldest_seq <= committed
+    group.history.close()
+    group.history = group.open()
+    group.put_back(committed)
+    assert os.pread(group.fd, 40 * BLOCK, 0) == group.versions[committed]
+    group.close()
+
+
+def test_a_cut_inside_of_a_batch_is_refused(tmp_path: Path) -> None:
+    group = Group(tmp_path, 40)
+    group.bundle([write(0, bytes([1]) * BLOCK), write(1, bytes([2]) * BLOCK)])
+    with pytest.raises(StorageError, match="not the end of a batch"):
+        group.put_back(1)
+    group.close()
+
+
+def test_a_reset_history_begins_behind_the_journal_so_far(tmp_path: Path) -> None:
+    """Killed between the first append's note of the window and the append itself."""
+    group = Group(tmp_path, 40)
+    group.history.close()
+    (tmp_path / "history" / "oldest").write_text('{"oldest_seq": 70, "origin_seq": 70}')
+    group.history = group.open()
+    group.history.cut(70)
+    assert (group.history.oldest_seq, group.history.applied_seq) == (70, 70)
+    group.close()
