@@ -210,6 +210,7 @@ class Worker:
         self._calls: SimpleQueue[tuple[Done, Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
         self._finished: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._signalled = False  # a drain is due that has not begun to take what is finished
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(threads)
         ]
@@ -230,7 +231,9 @@ class Worker:
                 self._finished.append((done, call(*args), None))
             except BaseException as e:  # handed to `done`, which must deal with it
                 self._finished.append((done, None, e))
-            os.eventfd_write(self._event, 1)
+            if not self._signalled:
+                self._signalled = True
+                os.eventfd_write(self._event, 1)
 
     def drain(self) -> None:
         """Runs `done` of every finished call."""
@@ -238,6 +241,7 @@ class Worker:
             os.eventfd_read(self._event)
         except BlockingIOError:
             pass
+        self._signalled = False  # before the first is taken: what is finished from here on signals anew
         finished = self._finished
         while finished:
             done, result, error = finished.popleft()

@@ -29,6 +29,8 @@ CHECKPOINT_SECONDS = 10.0
 # With nothing but heartbeats a checkpoint only frees journal.
 IDLE_CHECKPOINT_SECONDS = 60.0
 SYNC_THREADS = 8
+# Readers are told at most so often, and after SYNC_SECONDS at the latest: it costs a write and a datagram.
+PUBLISH_NS = 5_000_000
 
 Answer = Callable[[OSError | None], None]
 
@@ -44,6 +46,7 @@ class Flusher:
         self._dirty_limit = min(CHECKPOINT_BYTES, max_journal_bytes // CHECKPOINT_SHARE)
         self._checkpoint_wanted = False
         self._last_checkpoint_ns = storage.monotonic_ns()
+        self._published_ns = 0
 
     def wait(self, volume: Volume | None, answer: Answer) -> None:
         """`answer` is called after a round that begins from here on: for a volume when it and the journal are
@@ -58,6 +61,7 @@ class Flusher:
     def tick(self) -> None:
         """Every SYNC_SECONDS: a growing journal is synced, and checkpoints are taken."""
         self._group.prepare()
+        self._publish()
         if self._left:
             return
         group = self._group
@@ -128,13 +132,18 @@ class Flusher:
         if self._left:
             return
         group = self._group
-        group.publish()
         for volume, answer in round_.waiting:
             good = round_.journal_ok and not (volume is not None and volume.id in round_.failed)
             answer(None if good else OSError(errno.EIO, "the sync failed"))
         if round_.seq and round_.journal_ok and not round_.failed:
             group.checkpoint(min(round_.seq, group.journal.durable_seq))
+        if storage.monotonic_ns() - self._published_ns >= PUBLISH_NS:
+            self._publish()
         self.kick()
+
+    def _publish(self) -> None:
+        self._published_ns = storage.monotonic_ns()
+        self._group.publish()
 
 
 class _Round:

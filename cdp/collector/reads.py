@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cdp.nbd.connection import Connection
 
 # 32 cold reads at once are seven times as fast as one after another; past a dozen threads little is gained.
-READ_THREADS = 16
+READ_THREADS = 32
 
 
 class ReadPool:

@@ -93,7 +93,7 @@ class RefusedWrites:
     @property
     def first_seq(self) -> int | None:
         """Readers may not see this record yet; None: nothing is open."""
-        return min((r.seq for r in self._open), default=None)
+        return min(r.seq for r in self._open) if self._open else None
 
     def settle(self) -> None:
         """Deals with all that are open; what cannot be stops the group, and is tried again by it."""

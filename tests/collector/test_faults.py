@@ -57,7 +57,7 @@ def test_refused_in_the_middle_of_a_batch(tmp_path: Path, small_disk: Path) -> N
     assert bytes(journal.images[0]) == path.read_bytes()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_under_load_leaves_primary_as_the_journal_says(tmp_path: Path, seed: int) -> None:
     """Promises 1 and 2: after kill -9 and a restart the primary is the journal, replayed."""
     volumes = [("db", f"file:{tmp_path}/db.raw", 32 * MIB), ("log", f"file:{tmp_path}/log.raw", 8 * MIB)]
