@@ -24,6 +24,7 @@ from pathlib import Path
 
 from cdp.journal.batch import DESCRIPTOR, WRITE
 from cdp.replica import apply
+from tests.bench.report import Figure
 from tests.replica.helpers import Feed, Rig
 
 BLOCK = 4096
@@ -32,6 +33,8 @@ SEGMENT_BYTES = 64 << 20
 # What the collector makes of queue depth 32.
 BATCH_WRITES = 32
 LIMIT_SECONDS = 600.0
+WINDOW_BYTES = 1 << 30  # full after the first fill and a cell
+RANDOM, COMPRESSIBLE, LARGE = "4 KiB random, random data", "4 KiB random, compressible", "1 MiB in order, random data"
 
 
 class Payloads:
@@ -90,7 +93,7 @@ def memory_mib() -> float:
     return 0.0
 
 
-def measure(rig: Rig, batches: Iterator[tuple[bytes, list[bytes]]]) -> dict[str, float]:
+def cell(rig: Rig, batches: Iterator[tuple[bytes, list[bytes]]]) -> dict[str, float]:
     """One cell: the backlog is written with the replayer stopped, then timed from its publication to its end."""
     before = rig.replayer.history.bytes
     rig.replayer.stop()
@@ -114,47 +117,68 @@ def measure(rig: Rig, batches: Iterator[tuple[bytes, list[bytes]]]) -> dict[str,
 def cells(total: int) -> dict[str, Iterator[tuple[bytes, list[bytes]]]]:
     plain, halved = Payloads(False), Payloads(True)
     return {
-        "4 KiB random, random data": small_writes(total, plain, False),
-        "4 KiB random, compressible": small_writes(total, halved, False),
-        "1 MiB in order, random data": large_writes(2 * total, plain),
+        RANDOM: small_writes(total, plain, False),
+        COMPRESSIBLE: small_writes(total, halved, False),
+        LARGE: large_writes(2 * total, plain),
     }
 
 
-def run(scratch: Path, total: int, rounds: int, window_bytes: int | None) -> None:
-    """Every cell in every round, interleaved; prints medians."""
+Rows = dict[str, dict[str, float]]
+
+
+def run(scratch: Path, total: int, rounds: int, window_bytes: int | None) -> Rows:
+    """Every cell in every round, interleaved; medians."""
     feed = Feed(scratch / "journal", modelled=False, segment_bytes=SEGMENT_BYTES)
     feed.volume(1, "db", VOLUME_BYTES)
     feed.flush()
     rig = Rig(scratch / "replayer", feed, ["db"], segment_bytes=SEGMENT_BYTES, window_bytes=window_bytes)
     rig.start()
     found: dict[str, list[dict[str, float]]] = {}
-    measure(rig, small_writes(VOLUME_BYTES, Payloads(False), True))
+    cell(rig, small_writes(VOLUME_BYTES, Payloads(False), True))
     for _ in range(rounds):
         for name, batches in cells(total).items():
-            if "compressible" in name:  # what is replaced must be compressible too
-                measure(rig, small_writes(VOLUME_BYTES, Payloads(True), True))
-            found.setdefault(name, []).append(measure(rig, batches))
-            measure(rig, small_writes(VOLUME_BYTES, Payloads(False), True))
+            if name == COMPRESSIBLE:  # what is replaced must be compressible too
+                cell(rig, small_writes(VOLUME_BYTES, Payloads(True), True))
+            found.setdefault(name, []).append(cell(rig, batches))
+            cell(rig, small_writes(VOLUME_BYTES, Payloads(False), True))
     rig.replayer.stop()
     feed.close()
-    bound = "none" if window_bytes is None else f"{window_bytes >> 20} MiB, retention running"
-    print(f"window: {bound}; backlog of {total >> 20} MiB a cell, {rounds} rounds, medians")
-    for name, rows in found.items():
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        history = "" if window_bytes else f"  history {middle['history']:.3f} of what was written"
+    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+
+
+def show(rows: Rows, window_bytes: int | None) -> None:
+    print("window: " + ("none" if window_bytes is None else f"{window_bytes >> 20} MiB, retention running"))
+    for name, row in rows.items():
+        history = "" if window_bytes else f"  history {row['history']:.3f} of what was written"
         print(
-            f"{name:30} {middle['writes_s']:9.0f} blocks/s {middle['mib_s']:7.0f} MiB/s"
-            f"  CPU {middle['cpu_us']:.1f} µs a block{history}"
+            f"{name:30} {row['writes_s']:9.0f} blocks/s {row['mib_s']:7.0f} MiB/s"
+            f"  CPU {row['cpu_us']:.1f} µs a block{history}"
         )
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"memory (with the benchmark's own payloads): {memory_mib():.0f} MiB now, {peak_mib:.0f} MiB at its peak")
+
+
+def measure(folder: Path, mib: int = 256, rounds: int = 3) -> list[Figure]:
+    """For the README's second table."""
+    full = run(folder / "replay-full", mib << 20, rounds, WINDOW_BYTES)
+    free = run(folder / "replay-free", mib << 20, 1, None)
+    figures = []
+    for name, unit, least in ((RANDOM, "writes_s", 35_000), (COMPRESSIBLE, "writes_s", 20_000), (LARGE, "mib_s", 300)):
+        value, word = full[name][unit], "writes/s" if unit == "writes_s" else "MiB/s"
+        what = f"replayer alone, from a backlog: {name}"
+        figures.append(Figure(what, f"{value:,.0f} {word}", f"≥ {least:,} {word}", value >= least))
+    for name, most in ((RANDOM, 1.05), (COMPRESSIBLE, 0.5)):
+        value = free[name]["history"]
+        what = f"history per byte written, index included: {name}"
+        figures.append(Figure(what, f"{value:.3f}", f"≤ {most}", value <= most))
+    return figures
 
 
 def profiled(scratch: Path, total: int) -> None:
     """Where the apply thread spends its time."""
     original, profiler = apply.ApplyThread._follow, cProfile.Profile()
     apply.ApplyThread._follow = lambda self: profiler.runcall(original, self)  # type: ignore[method-assign]
-    run(scratch, total, 1, None)
+    show(run(scratch, total, 1, None), None)
     pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 
@@ -170,8 +194,8 @@ def main() -> None:
         if options.profile:
             profiled(scratch / "profile", options.mib << 20)
             return
-        run(scratch / "free", options.mib << 20, 1, None)
-        run(scratch / "full", options.mib << 20, options.rounds, 1 << 30)
+        show(run(scratch / "free", options.mib << 20, 1, None), None)
+        show(run(scratch / "full", options.mib << 20, options.rounds, WINDOW_BYTES), WINDOW_BYTES)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -90,7 +90,7 @@ def operations(draw: st.DrawFn) -> Op:
     return kind, flags, volume, offset, length, data
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.lists(operations(), min_size=1, max_size=12), min_size=1, max_size=6), st.sampled_from((3, 8, 2048)))
 def test_every_seq_can_be_put_back(tmp_path_factory, batches_of_ops, blocks) -> None:
     """Promise 5: whatever the bundles' borders, the pre-images lead back to every record's state exactly."""
