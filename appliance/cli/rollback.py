@@ -136,18 +136,21 @@ def _abandon_here(names: set[str]) -> dict[str, Any]:
 def _follow(job: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """The job at its end, with a bar until then. Raises the error that it stopped with."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    pause, away_since = threading.Event(), 0.0
+    pause, gone_ns = threading.Event(), 0
     with Progress(*columns, console=err, disable=quiet, transient=True) as bar:
         task = bar.add_task("lock", total=None)
-        while job["running"]:
+        while job["running"] or (job["active"] and not job["failure"]):
             pause.wait(POLL_SECONDS)
             try:
-                job, away_since = client().rollback(job["id"]), 0.0
+                job = client().rollback(job["id"])
             except UnreachableError:
-                away_since = away_since or storage.monotonic_ns() / 1e9
-                if storage.monotonic_ns() / 1e9 - away_since > AWAY_SECONDS:
-                    raise
-                continue
+                job["running"] = False
+            if job["running"]:
+                gone_ns = 0
+            elif job["active"] and not job["failure"]:
+                gone_ns = gone_ns or storage.monotonic_ns()
+                if storage.monotonic_ns() - gone_ns > AWAY_SECONDS * 1e9:
+                    raise _interrupted(job)
             at = job["progress"]
             if at:
                 text = f"{at['step']} {at['volume'] or ''}"
@@ -155,6 +158,14 @@ def _follow(job: dict[str, Any], quiet: bool) -> dict[str, Any]:
     if job["failure"]:
         raise from_dict(job["failure"], job["failure"]["exit_code"])
     return job
+
+
+def _interrupted(job: dict[str, Any]) -> UnreachableError:
+    names = " and ".join(job["volumes"])
+    return UnreachableError(
+        f"The rollback of {names} was interrupted at step {job['step']!r}: the replayer is not running.",
+        "It goes on by itself when the replayer runs again; --undo and --abandon end it.",
+    )
 
 
 def _report(job: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import typer
@@ -11,6 +12,7 @@ from appliance import health, paths
 from appliance.cli.context import Json, client, config, emit, leave, out, table
 from cdp.config import format_size
 from cdp.errors import CdpError, UnreachableError
+from cdp.recovery.times import duration
 
 NOT_HEALTHY = 1
 _STYLES = {"protected": "green", "syncing": "yellow", "resyncing": "yellow", "rolling_back": "yellow"}
@@ -57,7 +59,7 @@ def _page(answer: dict[str, Any]) -> Lines:
         window, replay = group["window"], group["replay"]
         shown.add_row(
             f"[bold]{group['name']}[/]", _state(group), _lag(replay),
-            f"{window['oldest']['time'] or '?'} … {window['newest']['time'] or '?'}",
+            _window(window),
             _size(group["journal"]["bytes"]), _size(group["history"]["bytes"]),
         )  # fmt: skip
         for volume in group["volumes"]:
@@ -75,6 +77,17 @@ def _page(answer: dict[str, Any]) -> Lines:
     running = ", ".join(f"{role} {pid or 'not running'}" for role, pid in answer["processes"].items())
     verdict = "[green]healthy[/]" if answer["healthy"] else "[bold red]not healthy[/]"
     return Lines(shown, "", *dict.fromkeys(reasons), f"{verdict} ({running})")
+
+
+def _window(window: dict[str, Any]) -> str:
+    """How far back one can go, of what was asked for."""
+    ends = [window[end]["time"] for end in ("oldest", "newest")]
+    if None in ends:
+        return "?"
+    first, last = (datetime.fromisoformat(end[:26] + "Z") for end in ends)
+    configured = window["configured_seconds"]
+    asked = f" of {duration(int(configured * 10**9))}" if configured is not None else ""
+    return f"{duration(round((last - first).total_seconds()) * 10**9)}{asked}"
 
 
 def _state(part: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ def test_up_says_where_it_listens_and_stops_without_orphans(appliance: Appliance
     assert appliance.run("status").returncode == 5
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_too(appliance: Appliance) -> None:
     appliance.start("up")
     process = appliance.services["up"].process
@@ -87,12 +88,12 @@ def test_each_side_alone(appliance: Appliance) -> None:
     assert appliance.services.pop("replayer").stop() == 0
 
 
-@pytest.mark.parametrize("side", ["collector", "replayer"])
+@pytest.mark.parametrize("side", [pytest.param("collector", marks=pytest.mark.slow), "replayer"])
 def test_a_killed_child_comes_back_and_nothing_is_lost(appliance: Appliance, side: str) -> None:
     appliance.start("up")
     write(appliance, 0, b"before" * 100)
     appliance.kill_child(side)
-    wait_for(lambda: appliance.status(check=False).get("healthy"), "healthy again")
+    wait_for(lambda: appliance.look().get("healthy"), "healthy again")
     write(appliance, 4096, b"after" * 100)
     assert appliance.json("verify", "db")["equal"] is True
     with NbdClient(appliance.socket("replayer"), "db") as client:
@@ -100,13 +101,14 @@ def test_a_killed_child_comes_back_and_nothing_is_lost(appliance: Appliance, sid
     appliance.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_its_child_along_and_up_brings_both_back(appliance: Appliance) -> None:
     appliance.start("up")
     child = appliance.child("collector")
     parent = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(parent, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child ended with its parent", 5)
-    wait_for(lambda: appliance.status(check=False).get("healthy"), "both are back")
+    wait_for(lambda: appliance.look().get("healthy"), "both are back")
     assert appliance.child("collector") != child
     appliance.stop()
 
@@ -144,6 +146,7 @@ def test_a_second_one_waits_for_the_lock_and_is_refused(appliance: Appliance) ->
     appliance.stop()
 
 
+@pytest.mark.slow
 def test_a_start_waits_for_one_that_is_stopping(appliance: Appliance) -> None:
     appliance.start("collector")
     first = appliance.services["collector"]
@@ -154,6 +157,7 @@ def test_a_start_waits_for_one_that_is_stopping(appliance: Appliance) -> None:
     appliance.stop()
 
 
+@pytest.mark.slow
 def test_check_leaves_a_replica_that_stands_alone(appliance: Appliance) -> None:
     appliance.start("up")
     write(appliance, 8192, b"replicated" * 400)
@@ -173,6 +177,7 @@ def test_a_state_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert done.returncode == 6 and "state_dir" in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_of_the_idle_processes(appliance: Appliance) -> None:
     """Promise 9, its idle part: each child with its parent, in PSS."""
     appliance.start("up")
