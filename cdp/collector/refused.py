@@ -110,9 +110,11 @@ class RefusedWrites:
         if content is None:
             group.stop("read_back", f"What {volume.name} holds after a refused write cannot be read: {error}.")
             return
-        reason = {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
-        gap = (batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(reason).encode())
-        if group.try_append([*sync_records(volume.id, refused.offset, content), gap]):
+        records = sync_records(volume.id, refused.offset, content)
+        if not volume.in_gap:  # else this is withheld already, and another GAP would end that
+            reason = {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
+            records.append((batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(reason).encode()))
+        if group.try_append(records):
             self._open.remove(refused)
 
     def _compare_all(self, refused: Refused) -> None:

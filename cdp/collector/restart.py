@@ -172,6 +172,7 @@ def _first_records(group: Group) -> list[NewRecord]:
         reason = volume.doubt or volume.sync
         if reason is not None:
             records.append(gap_open(volume, reason))
+            volume.in_gap = True
     return records
 
 

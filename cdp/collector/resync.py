@@ -51,6 +51,7 @@ class Resyncs:
             seq = self._group.append([gap_open(volume, reason, from_seq)])
         except StorageError:
             return False
+        volume.in_gap = True
         volume.sync = reason
         self._group.save_state()
         self.go_on(volume, from_seq or seq)
@@ -99,6 +100,7 @@ class Resyncs:
         if error is None:
             end = (batch.GAP, 0, volume.id, from_seq, 0, json.dumps(volume.sync).encode())
             if self._group.try_append([end]):
+                volume.in_gap = False
                 self._group.flusher.wait(None, lambda failed: self._ended(volume, failed))
                 self._group.flusher.kick()
                 return self._run_next()

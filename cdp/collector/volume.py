@@ -64,6 +64,7 @@ class Volume:
     reason: Reason | None = None  # why it is refused
     doubt: Reason | None = None  # why the primary may not be what was left; durable until a side is trusted
     sync: Reason | None = None  # why a whole-volume pass must be made; durable until that has ended
+    in_gap: bool = False  # its last GAP record in the journal is open
     lock: str | None = None  # SHA-256 of the secret that a rollback holds the volume with
     dirty: bool = False  # took something since its last sync began
     sync_failed: bool = False  # flushes fail until what it took since the checkpoint is written again
