@@ -66,6 +66,7 @@ class Rollback:
         self._collector, self._replayer = collector_address, replayer_address
         self._progress = progress
         self._patience_ns = int(patience_seconds * 1e9)
+        self._last_ok_ns = storage.monotonic_ns()
         self._stop = threading.Event()
         self._pins: list[int] = []
         self._attached = False
@@ -92,20 +93,19 @@ class Rollback:
     def run(self) -> Job:
         """Goes on from wherever the job is, to its end. Raises CdpError, Stopped."""
         self._save()
-        last_ok_ns = storage.monotonic_ns()
+        self._last_ok_ns = storage.monotonic_ns()
         while self.job.active:
             try:
                 if not self._attached and self.job.step in (BEGIN, WAIT, COPY, PROVE):
                     self._attach()
                 self._enter(self._steps[self.job.step]())
-                last_ok_ns = storage.monotonic_ns()
             except (CdpError, OSError) as e:
                 self._attached = False
                 self._note(e)
                 if isinstance(e, CdpError) and not self._may_pass(e):
                     self._release_if_not_begun(e)
                     raise
-                if storage.monotonic_ns() - last_ok_ns > self._patience_ns:
+                if storage.monotonic_ns() - self._last_ok_ns > self._patience_ns:
                     raise self._given_up(e) from e
                 self._pause(RETRY_SECONDS)
         return self.job
@@ -276,6 +276,8 @@ class Rollback:
         return report
 
     def _report(self, volume: str | None, done_bytes: int) -> None:
+        """Something was done: patience begins anew."""
+        self._last_ok_ns = storage.monotonic_ns()
         total = self.job.bytes.get(volume, 0) if volume else 0
         self._progress(Progress(self.job.step, self.job.direction, volume, done_bytes, total))
 

@@ -307,6 +307,31 @@ def test_a_stop_leaves_the_job_to_the_next_process(scene):
     assert scene.now("db") == scene.good["db"]
 
 
+def test_a_large_sparse_volume_goes_back_by_what_changed(tmp_path):
+    """A TiB with three changes of a few KiB: a pass over the volume would not end within the test's time."""
+    rig = InProcessRig(tmp_path, {"db": 1 << 40})
+    try:
+        addresses = [f"unix:{rig.appliance.socket(side)}" for side in ("collector", "replayer")]
+        places = [5000, (1 << 39) + 12345, (1 << 40) - 9000]
+        with Client.connect(addresses[0], "db") as client:
+            for place in places:
+                client.write(place, b"good" * 2000)
+            rig.bookmark("good")
+            for place in places:
+                client.write(place, b"evil" * 2000)
+            client.write(1 << 38, b"where nothing was")
+        made = plan(rig, rig.GROUP, ["db"], "good", None, time.time_ns())
+        rollback = Rollback(str(tmp_path / "job.json"), made.job(disconnect=True), rig, *addresses)
+        job = rollback.run()
+        rollback.close()
+        assert job.extents["db"] == 4 and job.bytes["db"] < 64 << 10
+        with Client.connect(addresses[0], "db") as client:
+            assert all(client.read(place, 8000) == b"good" * 2000 for place in places)
+            assert client.read(1 << 38, 4096) == bytes(4096)
+    finally:
+        rig.close()
+
+
 def test_a_job_file_of_another_hand_is_refused(tmp_path):
     from cdp.errors import StorageError
 
