@@ -18,7 +18,7 @@ from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.resync import INITIAL_SYNC, gap_open
 from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
 from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
-from cdp.errors import ConfigError, StorageError
+from cdp.errors import ConfigError, JournalFullError, StorageError
 from cdp.journal import batch, consumers
 from cdp.journal.batch import Identity
 from cdp.journal.writer import JournalWriter
@@ -49,10 +49,8 @@ def open_group(
         state["epoch"] += 1
         save(f"{folder}/group.json", state)
         identity = Identity(bytes.fromhex(state["group_id"]), state["epoch"], storage.random_bytes(16))
-        journal = JournalWriter(
-            f"{folder}/journal", identity, segment_bytes=segment_bytes, max_bytes=max_bytes,
-            known_durable_seq=checkpoint["seq"] if checkpoint else 0,
-        )  # fmt: skip
+        known_durable_seq = checkpoint["seq"] if checkpoint else 0
+        journal = _open_journal(f"{folder}/journal", identity, segment_bytes, max_bytes, known_durable_seq)
         for name in (CHECKPOINT_CONSUMER, *spec.consumers):
             consumers.register(f"{folder}/journal", name, journal.first_seq - 1, identity.group_id)
         group = Group(spec.name, folder, state, volumes, journal, worker, max_bytes)
@@ -64,6 +62,24 @@ def open_group(
         if journal is not None:
             journal.close()
         raise
+
+
+def _open_journal(
+    folder: str, identity: Identity, segment_bytes: int, max_bytes: int, known_durable_seq: int
+) -> JournalWriter:
+    """A journal that is full begins its segment all the same: else nobody could read the volumes, and nothing would
+    look whether its consumers have gone on. It is larger than it may be by a segment or two for that life."""
+
+    def make(limit_bytes: int) -> JournalWriter:
+        return JournalWriter(
+            folder, identity, segment_bytes=segment_bytes, max_bytes=limit_bytes, known_durable_seq=known_durable_seq
+        )
+
+    try:
+        return make(max_bytes)
+    except JournalFullError:
+        used_bytes = sum(storage.stat(f"{folder}/{name}").st_size for name in storage.listdir(folder))
+        return make(max(used_bytes, max_bytes) + segment_bytes)
 
 
 def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:

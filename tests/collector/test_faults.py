@@ -134,6 +134,9 @@ def test_full_journal_stops_writes_and_goes_on_by_itself(tmp_path: Path) -> None
         figures = runner.figures()
         assert (figures["state"], figures["reason"]["code"]) == ("stopped", "journal_full")
         assert qemu_io(runner, "read -P 1 1M 1M").returncode == 0
+        runner.kill()
+        runner.start()
+        assert qemu_io(runner, "read -P 1 1M 1M").returncode == 0
         runner.command("consumer_remove", group="shop", name="replayer")
         runner.wait_for("space", lambda f: f["state"] == "protected")
         assert qemu_io(runner, "write -P 9 40M 1M", "flush", "read -P 9 40M 1M").returncode == 0
