@@ -3,23 +3,23 @@
     python -m tests.bench                                  # everything, about 40 minutes
     python -m tests.bench --parts protection --rounds 1 --seconds 2   # a smoke test
 
-Parts: protection (the first table), past, rollback, replay, history. Linux; qemu-utils, qemu-system-common, nbdkit
-and fio. Servers run in a fresh folder under --folder, which must be on the disk that is to be measured.
+Parts: protection (the first table), past, rollback, replay, journal, history. Linux; qemu-utils, qemu-system-common,
+nbdkit and fio. Servers run in a fresh folder under --folder, which must be on the disk that is to be measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.bench import past, rollback
+from tests.bench import past, replay, rollback
 from tests.bench.cells import JOBS, Cells
 from tests.bench.lag import Steady, steady
 from tests.bench.machine import Peaks, description, fill, processes
@@ -27,9 +27,9 @@ from tests.bench.ours import Ours
 from tests.bench.report import Figure, disturbances, figures_table, memory_figures, protection_table
 from tests.bench.servers import Starter
 
-# These build what they measure from the library, without servers: `measure(folder) -> list[Figure-like]`.
-LIBRARY_PARTS = ("replay", "history")
-PARTS = ("protection", "past", "rollback", *LIBRARY_PARTS)
+# Commands of their own, of one room each, without servers; what they print follows the tables.
+COMMANDS = ("journal", "history")
+PARTS = ("protection", "past", "rollback", "replay", *COMMANDS)
 
 
 def arguments() -> argparse.Namespace:
@@ -74,10 +74,10 @@ def protection(
         ours.stop()
 
 
-def library_part(name: str, folder: Path) -> list[Figure]:
-    """A part that lives in a module of its own."""
-    module = importlib.import_module(f"tests.bench.{name}")
-    return list(module.measure(folder))
+def room(name: str, folder: Path) -> None:
+    """Runs a room's own benchmark; it prints for itself. Raises CalledProcessError."""
+    print(f"\n{name}:\n", flush=True)
+    subprocess.run([sys.executable, "-m", f"tests.bench.{name}", "--folder", str(folder)], check=True)
 
 
 def main() -> int:
@@ -87,7 +87,9 @@ def main() -> int:
         print(f"Unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}.", file=sys.stderr)
         return 2
     folder = Path(tempfile.mkdtemp(prefix="cdp-bench-", dir=options.folder))
-    peaks, figures, cells, result = Peaks(), [], None, None
+    peaks, figures = Peaks(), list[Figure]()
+    cells: Cells | None = None
+    result: Steady | None = None
     peaks.start()
     try:
         with processes() as started:
@@ -98,13 +100,21 @@ def main() -> int:
                 figures += past.measure(folder, starter, peaks, options.entries)
             if "rollback" in parts:
                 figures += rollback.measure(folder, peaks)
-        for name in LIBRARY_PARTS:
+        if "replay" in parts:
+            figures += replay.measure(folder)
+        peaks.stop()
+        show(cells, result, figures + memory_figures(peaks.bytes), options.json)
+        for name in COMMANDS:
             if name in parts:
-                figures += library_part(name, folder)
+                room(name, folder)
     finally:
         peaks.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    figures += memory_figures(peaks.bytes)
+    return 0
+
+
+def show(cells: Cells | None, result: Steady | None, figures: list[Figure], json_path: Path | None) -> None:
+    """The tables, as they go into the README."""
     print(f"Measured {time.strftime('%F')} on:\n")
     print("\n".join(f"- {line}" for line in description()))
     if cells is not None:
@@ -113,10 +123,9 @@ def main() -> int:
             print("\nDisturbed cells:\n\n" + noted)
     if figures:
         print("\n" + figures_table(figures))
-    if options.json:
+    if json_path:
         content = {"cells": cells.as_json() if cells else [], "figures": [asdict(f) for f in figures]}
-        options.json.write_text(json.dumps(content, indent=1))
-    return 0
+        json_path.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

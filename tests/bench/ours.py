@@ -70,7 +70,10 @@ class Ours:
             os.kill(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        for pid in reversed(family([self.parents()["replayer"]])):
+        """Undoes `pause`; nothing to do when it is not paused or already stopped."""
+        if (parent := self.parents().get("replayer")) is None:
+            return
+        for pid in reversed(family([parent])):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
