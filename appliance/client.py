@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from appliance import paths
 from cdp.errors import UnreachableError, from_dict
+
+if TYPE_CHECKING:
+    import httpx  # loaded when something is asked: what asks nothing (the parents, `cdp config`) starts without it
 
 # The parent answers within its own time limit; this much later it is not there any more.
 MARGIN_SECONDS = 5.0
@@ -64,6 +65,8 @@ class Client:
     def _call(
         self, role: str, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float
     ) -> dict[str, Any]:
+        import httpx
+
         with self._connected(role) as http:
             try:
                 answer = http.request(method, path, json=body, timeout=timeout_seconds)
@@ -78,6 +81,8 @@ class Client:
 
     @contextlib.contextmanager
     def _connected(self, role: str) -> Iterator[httpx.Client]:
+        import httpx
+
         try:
             short = paths.ShortPath(paths.api_socket(self._state_dir, role))
         except OSError as e:
