@@ -17,7 +17,7 @@ from typing import Any
 from cdp import storage
 from cdp.errors import CdpError, ForkedError, StorageError
 from cdp.history.history import History
-from cdp.journal.batch import Batch
+from cdp.journal.batch import GAP, OPEN, Batch, Record
 from cdp.journal.chain import Chain
 from cdp.journal.reader import JournalReader
 from cdp.replica import restart
@@ -145,8 +145,13 @@ class ApplyThread:
         self.committer = Committer(self._settings.folder, replica, position)
         planner = Planner(replica, self.verifier.check)
         self.pipeline = Pipeline(
-            history, replica, planner, self.course, self.applied, self._insist, self._on_applied
+            history, replica, planner, self._follow_record, self.applied, self._insist, self._on_applied
         )
+
+    def _follow_record(self, record: Record) -> None:
+        self.course.follow(record)
+        if record.kind == GAP and not record.flags & OPEN:
+            self.verifier.forget(record.volume)
 
     @staticmethod
     def _chain_at(position: Position, history: History) -> Chain | None:

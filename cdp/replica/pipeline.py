@@ -14,7 +14,7 @@ from typing import Any
 
 from cdp import storage
 from cdp.history.history import History
-from cdp.journal.batch import Batch
+from cdp.journal.batch import Batch, Record
 from cdp.replica import position as position_file
 from cdp.replica.bundle import Bundle, Planner
 from cdp.replica.course import Course
@@ -43,19 +43,20 @@ class Applied:
 
 
 class Pipeline:
-    """One for each group, on its apply thread. `insist(call, *arguments)` repeats a call that finds no space."""
+    """One for each group, on its apply thread. `insist(call, *arguments)` repeats a call that finds no space;
+    `follow` takes the few records that change a volume's state, once they are applied."""
 
     def __init__(
         self,
         history: History,
         replica: Replica,
         planner: Planner,
-        course: Course,
+        follow: Callable[[Record], None],
         applied: Applied,
         insist: Callable[..., Any],
         on_applied: Callable[[Applied], None],
     ) -> None:
-        self._history, self._replica, self._planner, self._course = history, replica, planner, course
+        self._history, self._replica, self._planner, self._follow = history, replica, planner, follow
         self.applied = applied
         self._insist, self._on_applied = insist, on_applied
         self._worker = storage.Worker(1, "undo-sync")
@@ -123,7 +124,7 @@ class Pipeline:
         self._insist(self._apply, bundle)
         self._planner.settled(bundle)
         for record in bundle.followed:
-            self._course.follow(record)
+            self._follow(record)
         if bundle.batches:
             self.applied = Applied.of(bundle.batches[-1])
             while self._waiting and self._waiting[0][2] <= self.applied.seq:

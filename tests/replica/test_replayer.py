@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,11 @@ def test_verify_finds_what_differs_and_forgets_it_when_it_is_equal_again(tmp_pat
         assert (r.replayer.reason or {})["code"] == "unequal"
         r.feed.verify(1, 0, SIZE)
         assert r.caught_up().state == "protected"
+        r.feed.verify(1, 0, 4096, b"wrong again")
+        assert r.caught_up().state == "stopped"
+        r.feed.gap(1, opens=True)
+        r.feed.gap(1, opens=False)
+        assert r.caught_up().state == "protected"
 
 
 def test_batches_beyond_a_bundle_are_served_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +268,27 @@ def test_batches_beyond_a_bundle_are_served_whole(tmp_path: Path, monkeypatch: p
             r.feed.flush()
         r.caught_up()
         r.check_every_point()
+
+
+def test_a_trim_of_a_huge_sparse_volume_is_quick_and_small(tmp_path: Path) -> None:
+    """A TRIM costs history by the data that it discards, never by its length."""
+    feed = Feed(tmp_path / "journal", modelled=False)
+    feed.volume(1, "db", 1 << 40)
+    for place in (0, 1 << 39, (1 << 40) - 4096):
+        feed.write(1, place, os.urandom(4096))
+    r = Rig(tmp_path / "replayer", feed, ["db"])
+    r.start()
+    r.caught_up()
+    before, data = r.replayer.history.bytes, r.read("db", feed.writer.last_seq, 1 << 39, 4096)
+    feed.zero(1, 0, 1 << 40)
+    began = time.monotonic()
+    r.caught_up()
+    assert time.monotonic() - began < 5
+    assert r.replayer.history.bytes - before < 1 << 20
+    assert r.read("db", feed.writer.last_seq, 1 << 39, 4096) == bytes(4096)
+    assert r.read("db", feed.writer.last_seq - 1, 1 << 39, 4096) == data
+    r.replayer.stop()
+    feed.close()
 
 
 def test_retention_never_changes_a_point(tmp_path: Path) -> None:
