@@ -14,7 +14,7 @@ from threading import Event
 from typing import NamedTuple
 
 from cdp import storage
-from cdp.errors import JournalFullError
+from cdp.errors import JournalFullError, StorageError
 from cdp.journal.segment import HEADER_PAGE_BYTES
 
 PREFIX = "spare-"
@@ -88,6 +88,18 @@ class Spares:
             self._collect()
             return self._ready.popleft()
         return self._make(None)
+
+    def take_larger(self, live_bytes: int, size: int) -> Spare:
+        """A new file for one batch that no segment holds. Raises StorageError when the journal is too small for such
+        batches at all, JournalFullError, OSError."""
+        if 2 * size > self._max_bytes:
+            raise StorageError(
+                f"A batch of {size} bytes does not fit into a journal of at most {self._max_bytes}.",
+                "Raise journal.max_size.",
+            )
+        if live_bytes + self.bytes + size > self._max_bytes:
+            raise self.full()
+        return self._make(None, size)
 
     def job(self, live_bytes: int) -> Callable[[], None] | None:
         """What a worker should do now, if anything; one at a time. What it raises (OSError, JournalFullError) may

@@ -160,22 +160,24 @@ class JournalWriter:
         return first_seq
 
     def _roll(self, length: int) -> None:
-        """Ends the segment and begins the next, whose header goes to disk with its first batch."""
-        if length + HEADER_PAGE_BYTES > self.segment_bytes:
-            raise StorageError(
-                f"A batch of {length} bytes does not fit into a journal segment of {self.segment_bytes}.",
-                "Raise journal.segment_size.",
-            )
+        """Ends the segment and begins the next, whose header goes to disk with its first batch.
+
+        A batch that is larger than a segment gets one of its own size.
+        """
+        size = length + HEADER_PAGE_BYTES
+        size = max(self.segment_bytes, size + -size % storage.PAGE_BYTES)
+        live_bytes = self._ended_bytes() + self._current_bytes
         old = self._current
         try:
-            spare = self._spares.take(self._ended_bytes() + self._current_bytes)
+            larger = size > self.segment_bytes
+            spare = self._spares.take_larger(live_bytes, size) if larger else self._spares.take(live_bytes)
             self._current = self._begin_segment(spare)
         except OSError as e:
             self._failure = e
             raise
         self._syncs.ended(old.fd)
         self._segments.append(Segment(old.first_seq, self._current_bytes))
-        self._current_bytes = self.segment_bytes
+        self._current_bytes = size
 
     def _header(self, last_seq: int, last_crc: int, last_order_ns: int) -> SegmentHeader:
         return SegmentHeader(

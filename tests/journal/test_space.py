@@ -85,14 +85,25 @@ def test_full_journal_refuses_and_goes_on(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_batch_larger_than_a_segment_is_refused(tmp_path: Path) -> None:
-    writer = support.open_writer(tmp_path / "j", 1)
+def test_batch_larger_than_a_segment_gets_one_of_its_own_size(tmp_path: Path) -> None:
+    writer = support.open_writer(tmp_path / "j", 1, max_bytes=20 * SIZE)
     with pytest.raises(StorageError, match="does not fit"):
-        support.append(writer, SIZE)
+        support.append(writer, 10 * SIZE)
     support.append(writer, 5)
+    support.append(writer, 3 * SIZE)
+    support.append(writer, 5)
+    support.append(writer, 2 * SIZE)
     support.sync(writer)
-    assert support.read_all(tmp_path / "j").seq == 1
+    assert support.read_all(tmp_path / "j").seq == 4
+    held = sum(f.stat().st_size for f in (tmp_path / "j").glob("s*-*"))
+    assert writer.bytes == held
     writer.close()
+    again = support.open_writer(tmp_path / "j", 2, max_bytes=20 * SIZE)
+    assert again.last_seq == 4
+    support.append(again, 3 * SIZE)
+    support.sync(again)
+    assert support.read_all(tmp_path / "j").seq == 5
+    again.close()
 
 
 def test_largest_batch_fits_a_production_segment(tmp_path: Path) -> None:
