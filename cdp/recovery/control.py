@@ -20,8 +20,8 @@ QUICK_SECONDS = 30.0
 VERIFY_SECONDS = 3600.0
 # How long one `wait` stays with the replayer; it is asked again until `patience` ends.
 WAIT_SECONDS = 10.0
-# Ranges of one `verify` command: some 15 KiB of JSON.
-VERIFY_RANGES = 512
+# Ranges of one `verify` command: some 200 KiB of JSON, well below what a parent takes; each command waits for a sync.
+VERIFY_RANGES = 4096
 # A region that every volume has.
 _FENCE_BYTES = 512
 

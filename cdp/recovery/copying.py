@@ -67,6 +67,20 @@ def ranges(changes: Client, start: int = 0) -> Iterator[tuple[int, int]]:
         yield first, end - first
 
 
+def near(parts: Iterable[tuple[int, int]], gap_bytes: int) -> Iterator[tuple[int, int]]:
+    """The same with those joined that are at most `gap_bytes` apart."""
+    first = end = 0
+    for offset, length in parts:
+        if end and offset > end + gap_bytes:
+            yield first, end - first
+            first = offset
+        elif not end:
+            first = offset
+        end = offset + length
+    if end:
+        yield first, end - first
+
+
 def measure(changes: Client) -> tuple[int, int]:
     """(bytes, extents) that differ."""
     total = count = 0

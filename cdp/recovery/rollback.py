@@ -20,7 +20,7 @@ from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, Unre
 from cdp.nbd.client import Client
 from cdp.recovery import job as jobs
 from cdp.recovery.control import Commands, Control
-from cdp.recovery.copying import Copier, measure, ranges
+from cdp.recovery.copying import Copier, measure, near, ranges
 from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PROVE, UNDO, UNLOCK, WAIT, Job
 
 # A machine that restarts is back within this time; after it a person should look.
@@ -30,6 +30,8 @@ LAG_SECONDS = 6 * 3600.0
 RETRY_SECONDS = 0.5
 # Bytes after which the copy is flushed and its progress kept: what a resume may have to copy again.
 CHECKPOINT_BYTES = 256 << 20
+# What lies between two changes this near is verified with them: less work than another record.
+VERIFY_GAP_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class Rollback:
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
                 unequal = copier.compare(self._on_bytes(volume))
-                taken = self._commands.verify(volume, ranges(copier.changes))
+                taken = self._commands.verify(volume, near(ranges(copier.changes), VERIFY_GAP_BYTES))
             if taken is not None:
                 self._wait_applied(taken[1])
                 unequal += self._commands.mismatches(volume, *taken)

@@ -15,7 +15,7 @@ from cdp.errors import RefusedError, UsageError
 from cdp.nbd import wire
 from cdp.nbd.client import Client
 from cdp.recovery import export as exports
-from cdp.recovery.copying import Copier, measure, ranges
+from cdp.recovery.copying import Copier, measure, near, ranges
 from cdp.recovery.diff import diff, merge
 from cdp.recovery.export import export
 from cdp.recovery.past import CHANGED
@@ -74,6 +74,12 @@ def test_merged_extents_cover_the_same_bytes(extents, size):
     assert {at for offset, length in merged for at in range(offset, offset + length)} == covered
     ends = [offset + length for offset, length in merged]
     assert all(end < offset for end, (offset, _) in zip(ends, merged[1:], strict=False))
+
+
+def test_near_changes_are_joined():
+    assert list(near([], 10)) == []
+    assert list(near([(0, 5)], 10)) == [(0, 5)]
+    assert list(near([(0, 5), (15, 5), (31, 9)], 10)) == [(0, 20), (31, 9)]
 
 
 # --- export
