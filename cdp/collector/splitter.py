@@ -34,6 +34,8 @@ _BATCH_BYTES = batch.MAX_DATA_BYTES - PIECE_BYTES
 _BATCH_RECORDS = batch.MAX_RECORDS // 2
 # Bytes of READs that may be answered in the loop in one receive; more is read by the pool.
 _INLINE_READ_BYTES = 1 << 20
+# So many reads in a row that were not cached say that the next will not be either; every so many is tried again.
+_COLD_ROW, _COLD_PROBE = 32, 16
 _CHANGES = (wire.WRITE, wire.TRIM, wire.WRITE_ZEROES)
 
 
@@ -50,6 +52,7 @@ class Splitter(Export):
         self._id, self._primary = volume.id, volume.primary
         self._fd = volume.primary.fd
         self._inline = volume.primary.inline
+        self._misses = 0  # reads since the last that was cached
         self._batch_bytes = min(_BATCH_BYTES, group.journal.segment_bytes // 2)
 
     def opened(self, connection: Connection) -> None:
@@ -78,12 +81,13 @@ class Splitter(Export):
                     plain = False
                     descriptors.append(_describe_write(volume, flags, offset, length))
             elif command == 0:  # wire.READ
-                if length > _INLINE_READ_BYTES or fd < 0:
+                if length > _INLINE_READ_BYTES or fd < 0 or self._is_cold():
                     self._reads.submit(connection, self._volume, cookie, offset, length)
                     continue
                 view = connection.slot(cookie, offset, length)
                 try:
                     if storage.preadv(fd, [view], offset, storage.RWF_NOWAIT) == length:
+                        self._misses = 0
                         continue
                 except OSError:
                     pass  # not cached, or an error that the pool will meet again
@@ -101,6 +105,12 @@ class Splitter(Export):
                 descriptors.append(_describe_other(volume, command, flags, offset, length))
         if writes:
             self._commit(connection, writes, descriptors, data_bytes, plain)
+
+    def _is_cold(self) -> bool:
+        """After a row of reads that were not cached the next ones go to the pool at once, but for a probe at times:
+        a vain try costs a system call, and with it the interpreter lock while the pool's threads want it."""
+        self._misses += 1
+        return self._misses > _COLD_ROW and self._misses % _COLD_PROBE != 0
 
     def _commit(
         self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool

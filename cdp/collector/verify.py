@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Verify:
-    """One pass. `done(result, error)` is called when its records are durable and can be read."""
+    """One pass. `done(result, error)` is called when its records are durable; readers see them within 50 ms."""
 
     def __init__(
         self,

@@ -171,9 +171,8 @@ class Journal:
 
 def qemu_io(runner: Runner, *commands: str, volume: str = "db") -> subprocess.CompletedProcess[str]:
     arguments = [piece for command in commands for piece in ("-c", command)]
-    return subprocess.run(
-        ["qemu-io", "-t", "writeback", "-f", "raw", *arguments, runner.uri(volume)], capture_output=True, text=True, timeout=60
-    )
+    command = ["qemu-io", "-t", "writeback", "-f", "raw", *arguments, runner.uri(volume)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def fio(runner: Runner, *arguments: str, volume: str = "db") -> Any:
