@@ -71,8 +71,8 @@ def test_a_running_qemu_is_respected(tmp_path: Path, arguments: list[str]) -> No
     sock = tmp_path / "q.sock"
     qemu = subprocess.Popen(["qemu-nbd", *arguments, "-k", str(sock), "--persistent", str(path)])
     try:
-        subprocess.run(["nbdinfo", "--size", f"nbd+unix:///?socket={sock}"], capture_output=True)
-        while not sock.exists():
+        # Its socket is there before its locks are: it holds them once it answers.
+        while subprocess.run(["nbdinfo", "--size", f"nbd+unix:///?socket={sock}"], capture_output=True).returncode:
             assert qemu.poll() is None
         fd = os.open(path, os.O_RDWR)
         with pytest.raises(RefusedError):
