@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cdp.nbd.client import Client
 from rich.console import Console
 from rich.table import Table
 
 from appliance.demo_data import IMAGE_BYTES, Data
 from cdp.errors import CdpError, StorageError
+from cdp.nbd.client import Client
 
 # A cold start of two processes on a busy machine.
 READY_SECONDS = 30.0

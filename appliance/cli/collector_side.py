@@ -9,6 +9,7 @@ import typer
 
 from appliance import paths
 from appliance.cli.context import Json, client, emit, named, named_volume, out, table
+from cdp.errors import UnreachableError
 
 # The collector answers when it has read and journaled what it must; the copy itself goes on behind.
 ANSWER_SECONDS = 60.0
@@ -40,24 +41,25 @@ def resync(
     It is the way out of `forked` and of a hole too: then history begins anew, with all volumes of the group.
     """
     group, chosen = named_volume(volume)
-    volumes = [v.name for v in group.volumes] if _reset_if_stuck(group.name) else [chosen.name]
+    stuck = _is_stuck(group.name)
+    volumes = [v.name for v in group.volumes] if stuck else [chosen.name]
     answers = [client().collector("resync", ANSWER_SECONDS, volume=name) for name in volumes]
-    answer = answers[volumes.index(chosen.name)]
+    if stuck:
+        client().replayer("reset", ANSWER_SECONDS, group=group.name, after_seq=answers[0]["after_seq"])
     if as_json:
-        emit({"volume": chosen.name, **answer})
+        emit(answers[volumes.index(chosen.name)])
     else:
         out.print(f"The resync of {volume} runs; `cdp status` shows its progress. Points are offered from its end.")
 
 
-def _reset_if_stuck(group: str) -> bool:
-    """Whether the replayer could not go on with the history it has, and now begins a new one."""
-    figures = client().status(paths.REPLAYER)["figures"]
-    found = figures["groups"].get(group) if figures else None
-    if not found or (found["state"] != "forked" and (found["reason"] or {}).get("code") not in STUCK):
+def _is_stuck(group: str) -> bool:
+    """Whether the replayer cannot go on with the history it has. An absent one is not: it catches up by itself."""
+    try:
+        figures = client().status(paths.REPLAYER)["figures"]
+    except UnreachableError:
         return False
-    journal = client().status(paths.COLLECTOR)["figures"]["groups"][group]["journal"]
-    client().replayer("reset", ANSWER_SECONDS, group=group, after_seq=max(0, journal["first_seq"] - 1))
-    return True
+    found = (figures or {"groups": {}})["groups"].get(group) or {}
+    return found.get("state") == "forked" or (found.get("reason") or {}).get("code") in STUCK
 
 
 def trust(

@@ -93,9 +93,14 @@ class Commands:
         if volume.lock is not None:
             raise RefusedError(f"{volume.name} is being rolled back.", code="locked")
         reason = {"code": "resync", "text": "The whole primary is journaled again, as was asked for."}
-        if not group.start_resync(volume, reason, 0):
+        # The volumes are declared again first: a replayer whose history begins anew here needs nothing from before.
+        after_seq = group.journal.last_seq
+        if group.refuse:
             raise _stopped(group, volume)
-        done({"volume": volume.name, "total_bytes": volume.size}, None)
+        group.append([(batch.RESIZE, 0, v.id, 0, v.size, v.name.encode()) for v in group.volumes])
+        if not group.start_resync(volume, reason, after_seq + 1):
+            raise _stopped(group, volume)
+        done({"volume": volume.name, "total_bytes": volume.size, "after_seq": after_seq}, None)
 
     # --- rollback
 

@@ -193,6 +193,32 @@ def test_memory_of_the_idle_processes(appliance: Appliance) -> None:
     appliance.stop()
 
 
+@pytest.mark.slow
+def test_resync_is_the_way_out_of_a_hole(appliance: Appliance) -> None:
+    """The replayer was forgotten while it was away: it stops with a reason, and begins anew where it is told."""
+    text = appliance.config.read_text().replace('segment_size = "4MiB"', 'segment_size = "1MiB"')
+    appliance.config.write_text(text)
+    appliance.start("collector", "replayer")
+    write(appliance, 0, b"x" * 4096)
+    appliance.bookmark("lost")
+    appliance.services.pop("replayer").stop()
+    appliance.cli("consumer", "remove", "shop", "replayer")
+
+    def journal_moved_on() -> bool:
+        write(appliance, 0, os.urandom(2 << 20))
+        return appliance.look()["groups"][0]["journal"]["first_seq"] > 20
+
+    wait_for(journal_moved_on, "what the replayer needs is gone")
+    appliance.start("replayer")
+    found = wait_for(lambda: appliance.look()["groups"][0].get("reason"), "a reason")
+    assert found["code"] == "hole"
+    appliance.cli("resync", "db")
+    appliance.wait_protected()
+    assert appliance.json("verify", "db")["equal"] is True
+    assert appliance.run("diff", "db@lost", "db@now").returncode in (3, 4)
+    appliance.stop()
+
+
 def test_init_and_up_for_anyone(tmp_path: Path) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
