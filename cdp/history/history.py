@@ -34,15 +34,24 @@ __all__ = ["Extent", "History", "Pending", "Retained"]
 Raw = bytes  # the name is a property here
 
 
+def whole_seq(bundle: Bundle) -> int:
+    """The last record that a bundle and those before it hold entirely; 0 if it is only a part of one: parts share a
+    seq, so one that is durable says nothing of the next."""
+    if not bundle.header.batch_count:
+        return 0
+    last = bundle.batches[-1]
+    return int(last["first_seq"]) + int(last["record_count"]) - 1
+
+
 class Pending:
     """A bundle on its way: appended, then synced, then published."""
 
-    __slots__ = ("written", "synced", "last_seq")
+    __slots__ = ("written", "synced", "whole_seq")
 
     def __init__(self, written: Written) -> None:
         self.written = written
         self.synced = False
-        self.last_seq = written.bundle.header.last_seq
+        self.whole_seq = whole_seq(written.bundle)
 
 
 class Retained(NamedTuple):
@@ -143,7 +152,8 @@ class History:
                 for code, seq, offset, crc, length in bundle.rows.tolist():
                     fetch.whole(code, seq, Place(bundle.ordinal, offset, crc, length))
             except CorruptionError:
-                if bundle.header.last_seq <= durable:
+                published = position is not None and (bundle.ordinal, bundle.end) <= position[:2]
+                if published or bundle.header.last_seq <= durable:
                     raise
                 self._torn = bundle
                 return
@@ -189,7 +199,7 @@ class History:
         """Index and timeline know it: from here the replica may change. In the order of `append`."""
         if not pending.synced:
             raise StorageError("A bundle was published before it was synced.")
-        self.log.synced_seq = max(self.log.synced_seq, pending.last_seq)
+        self.log.synced_seq = max(self.log.synced_seq, pending.whole_seq)
         self._index(pending.written.bundle)
 
     def _index(self, bundle: Bundle) -> None:
@@ -199,7 +209,7 @@ class History:
             self.run_volumes |= {int(v) for v in set((rows["code"][runs] >> VOLUME_SHIFT).tolist())}
         puts = puts_of(bundle)
         puts += self._rows.puts_of(bundle)
-        puts.append(position_put(Position(bundle.ordinal, bundle.end, max(bundle.header.last_seq, 0))))
+        puts.append(position_put(Position(bundle.ordinal, bundle.end, max(self.log.synced_seq, whole_seq(bundle)))))
         self.entries.write(puts)
 
     # --- retention

@@ -268,9 +268,11 @@ class ApplyThread:
 
     def _tick(self, reader: JournalReader, pipeline: Pipeline) -> None:
         self.lag.look(reader.end()[0], pipeline.waiting_bytes)
-        assert self.history is not None
+        assert self.history is not None and self.committer is not None
         s = self._settings
-        kept = self.history.retain(s.window_ns, s.window_bytes, self._pins.seqs(), pipeline.applied.time_ns)
+        # What is above the committed seq is what a restart puts the replica back with: no window may take it.
+        pins = [*self._pins.seqs(), self.committer.position.seq]
+        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
         self.window_short = kept.short
         if kept.dropped:
             with self.condition:
