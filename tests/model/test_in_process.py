@@ -19,8 +19,8 @@ STEPS = 40
 
 class InProcessMachine(Machine):
     @staticmethod
-    def make_rig(folder: Path, volumes: dict[str, int]) -> Rig:
-        return InProcessRig(folder, volumes)
+    def make_rig(folder: Path, volumes: dict[str, int], **options: str) -> Rig:
+        return InProcessRig(folder, volumes, **options)
 
 
 @pytest.mark.timeout(0 if os.environ.get("CDP_PROFILE") == "soak" else 120)

@@ -18,8 +18,8 @@ STEPS = 30
 
 class ProcessMachine(Machine):
     @staticmethod
-    def make_rig(folder: Path, volumes: dict[str, int]) -> Rig:
-        return ProcessRig(folder, volumes)
+    def make_rig(folder: Path, volumes: dict[str, int], **options: str) -> Rig:
+        return ProcessRig(folder, volumes, **options)
 
 
 @pytest.mark.slow
