@@ -59,6 +59,9 @@ def rollback(
     if job is None:
         return
     finished = job if not job["active"] else _follow(job, as_json)
+    if chosen and chosen[0] != "resume" and finished["direction"] != chosen[0]:
+        hint = f"Roll back to {finished['bookmark']} for the state before it."
+        raise RefusedError(f"The rollback of {name} had come to its end before: it is done.", hint, code="busy")
     if as_json:
         emit({key: finished[key] for key in _ANSWER})
     else:
