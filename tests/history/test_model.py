@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from cdp.journal import batch as journal
 from tests.history.support import BLOCK, Group, Piece, write
 
 BLOCKS = 80
+COPY_TRIES = 50  # a compaction ends soon: nothing is written meanwhile
 FILLS = [b"\0", b"a", b"zstd likes this", None]
 
 
@@ -85,8 +87,7 @@ class Life(RuleBasedStateMachine):
         if how == "flushed":
             history.entries.flush()
         elsewhere = self.folder / "copy"
-        shutil.rmtree(elsewhere, ignore_errors=True)
-        shutil.copytree(index, elsewhere)  # what a power cut leaves: the flushed files, not the memory
+        self._copy_still(index, elsewhere)  # what a power cut leaves: the flushed files, not the memory
         history.close()
         shutil.rmtree(index)
         if how != "lost":
@@ -95,6 +96,18 @@ class Life(RuleBasedStateMachine):
         group.history = group.open()
         group.put_back(committed)
         assert os.pread(group.fd, BLOCKS * BLOCK, 0) == group.versions[committed]
+
+    @staticmethod
+    def _copy_still(source: Path, target: Path) -> None:
+        """A copy of a folder whose owner may remove files of it meanwhile, as RocksDB does after compacting."""
+        for _ in range(COPY_TRIES):
+            shutil.rmtree(target, ignore_errors=True)
+            before = sorted(source.iterdir())
+            with contextlib.suppress(shutil.Error):
+                shutil.copytree(source, target)
+                if sorted(source.iterdir()) == before:
+                    return
+        raise AssertionError(f"{source} did not stand still")
 
     def _tear(self, synced_ends: dict[str, int], data: st.DataObject) -> None:
         """What was written after the last sync arrives in part: any of its pages may be missing."""
