@@ -18,6 +18,7 @@ MAGIC = b"CDPC"
 FOLDER = "consumers"
 SOCKET_SUFFIX = ".sock"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_REGISTER_SECONDS = 10.0  # another process writes and syncs one small file
 NO_GROUP = bytes(16)  # registered before the journal had its id
 
 
@@ -47,14 +48,22 @@ def make_folder(folder: str) -> None:
 def register(folder: str, name: str, seq: int = 0, group_id: bytes = NO_GROUP) -> bool:
     """Adds a consumer that needs everything after `seq`; False if it is registered already (it stays as it is).
 
-    Durable when it returns. Raises UsageError for a bad name, OSError.
+    Durable when it returns. Raises UsageError for a bad name, RefusedError, OSError.
     """
     path = _path(folder, name)
     make_folder(folder)
     if storage.exists(path):
         return False
-    storage.write_file(path, _slot(seq, group_id) * 2)
-    return True
+    # At a first start the collector and the consumer itself come here at the same time; the second one must neither
+    # take the first one's temporary file nor replace a file that is in use already.
+    lock = storage.lock_file(f"{folder}/{FOLDER}/register.lock", _REGISTER_SECONDS, f"The consumers of {folder}")
+    try:
+        if storage.exists(path):
+            return False
+        storage.write_file(path, _slot(seq, group_id) * 2)
+        return True
+    finally:
+        storage.close(lock)
 
 
 def remove(folder: str, name: str) -> None:
