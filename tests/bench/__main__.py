@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def main() -> int:
     if unknown := set(parts) - set(PARTS):
         print(f"Unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}.", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers and files go with it
     folder = Path(tempfile.mkdtemp(prefix="cdp-bench-", dir=options.folder))
     peaks, figures = Peaks(), list[Figure]()
     cells: Cells | None = None
