@@ -19,6 +19,8 @@ from cdp.errors import CorruptionError, StorageError
 from cdp.history.blobs import Buffer, Extent, Packed, Packer
 from cdp.history.meta import Parts, describe, header_of, kept_of
 from cdp.history.undo_format import (
+    CLOSING_AT,
+    INCARNATIONS_AT,
     MAX_INCARNATIONS,
     PAGE_BYTES,
     ROW,
@@ -52,6 +54,7 @@ class Written:
     bundle: Bundle
     files: list[Descriptor]
     folder: str | None
+    opening: bytes = b""  # of the last of `files`, when its segment begins with this bundle
 
 
 class UndoLog:
@@ -71,6 +74,7 @@ class UndoLog:
         self._broken = False
         self._unsynced: list[Descriptor] = []
         self._folder_unsynced = False
+        self._opening = b""  # of the newest segment, until its first bundle is synced
         self._load()
 
     # --- what is there
@@ -223,7 +227,8 @@ class UndoLog:
         segment.advance(bundle)
         files, self._unsynced = [*self._unsynced, file], []
         folder, self._folder_unsynced = (self.folder if self._folder_unsynced else None), False
-        return Written(bundle, files, folder)
+        opening, self._opening = self._opening, b""
+        return Written(bundle, files, folder, opening)
 
     def _room(self, header: BundleHeader) -> tuple[Segment, Descriptor]:
         """The segment that takes a bundle of that size."""
@@ -253,7 +258,9 @@ class UndoLog:
             storage.rename(spare, path)
         file = Descriptor(path, os.O_RDWR | os.O_CREAT)
         segment = Segment(path, opening)
-        storage.pwrite(file.fd, opening.pack(), 0)
+        # Room for the opening. It vouches for the segments before, so `sync` writes it, when they are durable.
+        storage.pwrite(file.fd, bytes(PAGE_BYTES), 0)
+        self._opening = opening.pack()
         segment.chain_crc = opening.crc
         segment.file_bytes = max(PAGE_BYTES, storage.fstat(file.fd).st_size)
         self._next_ordinal += 1
@@ -264,8 +271,13 @@ class UndoLog:
         return segment, file
 
     def sync(self, written: Written) -> None:
-        """Makes a bundle durable; from any thread. After an OSError the log takes nothing more."""
+        """Makes a bundle durable, those before it being so; from any thread. After an OSError the log takes nothing
+        more."""
         try:
+            if written.opening:
+                # Not over the closing between its parts, which another thread may have written already.
+                storage.pwrite(written.files[-1].fd, written.opening[:CLOSING_AT], 0)
+                storage.pwrite(written.files[-1].fd, written.opening[INCARNATIONS_AT:], INCARNATIONS_AT)
             for file in written.files:
                 storage.fdatasync(file.fd)
             if written.folder is not None:
@@ -319,8 +331,8 @@ class UndoLog:
             self.sync(self._write(header, parts, packed))
         else:
             _, file = self._begin(committed_seq + 1, old, close=False)
-            self.sync(Written(bundle, [file], self.folder))
-            self._folder_unsynced = False
+            self.sync(Written(bundle, [file], self.folder, self._opening))
+            self._folder_unsynced, self._opening = False, b""
         old.close(old_file.fd)
         storage.fdatasync(old_file.fd)
         for segment in later:

@@ -149,6 +149,32 @@ def test_a_failed_sync_ends_the_log(tmp_path: Path) -> None:
     group.close()
 
 
+def test_a_power_cut_where_a_segment_begins_takes_only_what_was_not_synced(tmp_path: Path) -> None:
+    """Promise 5: two bundles are under way, the second begins a segment, and only that one's pages reach the disk."""
+    group = Group(tmp_path, BLOCKS, segment_bytes=1 << 16)
+    log, pending = group.history.log, []
+    while len(log.segments) < 2:
+        end = log.newest.end if log.newest else PAGE_BYTES
+        batch = group.stream.batch([write(len(pending) % 8, os.urandom(BLOCK))])
+        pending.append((batch, group.history.append([batch], group.plan(batch), False), end))
+        if len(pending) > 2:
+            synced, bundle, _ = pending[-3]
+            group.history.sync(bundle)
+            group.history.publish(bundle)
+            group.apply([synced])
+    committed = group.history.applied_seq
+    group.history.close()
+    first = segments(group)[0]
+    with first.open("r+b") as file:
+        file.truncate(pending[-2][2])
+    group.history = group.open()
+    group.put_back(committed)
+    assert group.read(committed) == group.versions[committed]
+    group.bundle([write(3, os.urandom(BLOCK))])
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    group.close()
+
+
 class _Closed:
     """A file whose sync fails."""
 
