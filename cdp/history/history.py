@@ -75,6 +75,7 @@ class History:
         self.log = UndoLog(os.path.join(folder, "undo"), segment_bytes=segment_bytes, compress=compress)
         self.entries: SortedMap = entries if entries is not None else RocksMap(os.path.join(folder, "index"))
         self.applied_seq = 0
+        self.closed = False
         self._oldest_path = os.path.join(folder, "oldest")
         self._origin_seq = 0
         self.oldest_seq = 0
@@ -319,7 +320,9 @@ class History:
         return found
 
     def close(self) -> None:
-        """Makes the index durable and lets go of everything."""
+        """Makes the index durable and lets go of everything. No view of it answers any more: close it before the
+        replica's files."""
+        self.closed = True
         self.entries.close()
         self.log.close()
 

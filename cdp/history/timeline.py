@@ -219,6 +219,10 @@ class Timeline:
             )
         return found[-MAX_LISTED:]
 
+    def unfinished_targets(self) -> list[int]:
+        """The points that unfinished rollbacks go back to; each BEGIN, which an undo needs, is after its target."""
+        return [r.target_seq for r in self.rollbacks() if r.end is None and r.target_seq is not None]
+
     # --- volumes and clocks
 
     def size_at(self, volume: int, seq: int) -> int | None:

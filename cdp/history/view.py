@@ -37,6 +37,7 @@ class Window(Protocol):
     log: UndoLog
     entries: SortedMap
     run_volumes: set[int]
+    closed: bool
 
     @property
     def oldest_seq(self) -> int: ...
@@ -61,6 +62,7 @@ class View:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` with the point's bytes. Raises OSError: EIO when the point left the window or is damaged."""
+        self._check_open()
         got = storage.preadv(self._fd, [target], offset) if len(target) else 0
         while got < len(target):
             more = storage.preadv(self._fd, [target[got:]], offset + got)
@@ -139,6 +141,7 @@ class View:
 
         Raises OSError as `read_into`.
         """
+        self._check_open()
         found: list[tuple[int, int]] = []
         seen, end = 0, offset + length
         while offset < end and len(found) < _MAX_STRETCHES and seen < _MAX_ENTRIES_SEEN:
@@ -207,7 +210,13 @@ class View:
             text = str(e) if isinstance(e, CdpError) else f"the index cannot be read: {e}"
             raise OSError(errno.EIO, text) from e
 
+    def _check_open(self) -> None:
+        """Behind a closed history the replica's descriptor is closed too, or another file's by now."""
+        if self._window.closed:
+            raise OSError(errno.EIO, f"the history of seq {self.seq} was closed")
+
     def _check_window(self) -> None:
+        self._check_open()
         if self.seq < self._window.oldest_seq:
             raise OSError(errno.EIO, f"seq {self.seq} has left the window, which begins at {self._window.oldest_seq}")
 

@@ -271,7 +271,9 @@ class ApplyThread:
         assert self.history is not None and self.committer is not None
         s = self._settings
         # What is above the committed seq is what a restart puts the replica back with: no window may take it.
-        pins = [*self._pins.seqs(), self.committer.position.seq]
+        # An unfinished rollback needs its target although the pins of its process may have ended.
+        targets = self.history.timeline.unfinished_targets()
+        pins = [*self._pins.seqs(), *targets, self.committer.position.seq]
         kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
         self.window_short = kept.short
         if kept.dropped:

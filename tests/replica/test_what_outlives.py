@@ -1,0 +1,66 @@
+"""What outlives a life of the replayer: views that were open, and the points that an unfinished rollback needs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cdp.journal import batch as fmt
+from tests.replica.helpers import WAIT_SECONDS, rig
+
+SIZE = 64 * 4096
+
+
+def test_a_view_of_a_history_that_was_reset_reads_nothing(tmp_path: Path) -> None:
+    """Promise 6: its replica's descriptor may be another file's by then, or the same file with newer bytes."""
+    with rig(tmp_path, {"db": SIZE}) as r:
+        r.feed.write(1, 0, b"a" * 4096)
+        first = r.feed.flush()
+        r.feed.write(1, 0, b"b" * 4096)
+        replayer = r.caught_up()
+        views = [replayer.open_view("db", seq) for seq in (first, replayer.applied.seq)]
+        replayer.reset_history(replayer.applied.seq)
+        r.feed.volume(1, "db", SIZE)
+        r.feed.write(1, 0, b"c" * 4096)
+        r.caught_up()
+        for view in views:
+            for call in (partial(view.read_into, 0, memoryview(bytearray(4096))), partial(view.allocation, 0, SIZE)):
+                with pytest.raises(OSError, match="closed") as refusal:
+                    call()
+                assert refusal.value.errno == errno.EIO
+            view.close()
+
+
+def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> None:
+    """Promise 7: pins end with their process, so the journal's own BEGIN keeps what a rollback goes on with."""
+    with rig(tmp_path, {"db": SIZE}, window_bytes=1, segment_bytes=1 << 16) as r:
+        held = r.replayer.pin(1)
+        for _ in range(40):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.feed.flush()
+        target = r.feed.next_seq - 30
+        about = json.dumps({"volumes": [1], "target_seq": target, "target_time_ns": 0, "bookmark": "b"}).encode()
+        begin = r.feed.record(fmt.ROLLBACK_BEGIN, 1, data=about)
+        replayer = r.caught_up()
+        work = replayer._work
+        with work.condition:
+            assert work.condition.wait_for(lambda: work.committer.position.seq >= begin, WAIT_SECONDS)  # type: ignore[union-attr]
+        replayer.stop()
+        held.release()
+        replayer = r.start()
+        for _ in range(4):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.caught_up()
+        with replayer._work.condition:
+            assert replayer._work.condition.wait_for(lambda: replayer.history.oldest_seq > 1, WAIT_SECONDS)
+        assert r.read("db", target) == r.feed.model[target][1]
+        end = r.feed.record(fmt.ROLLBACK_END, 1, data=json.dumps({"begin": begin, "volumes": [1]}).encode())
+        r.caught_up()
+        with replayer._work.condition:
+            assert replayer._work.condition.wait_for(lambda: replayer.history.oldest_seq > target, WAIT_SECONDS)
+        assert end == r.feed.writer.last_seq
