@@ -17,11 +17,12 @@ from typing import Any
 from appliance.client import Client
 from appliance.control import Channel
 from cdp.errors import CdpError, StorageError
-from cdp.recovery import job as jobs
 from cdp.recovery.job import ABANDON, UNDO, Job
 from cdp.recovery.rollback import Progress, Rollback, Stopped
 
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: it goes on in the next process
+# The process before this one may be about to end.
+LOCK_SECONDS = 10.0
 # People look at progress; the copy must not wait for their screens.
 PROGRESS_SECONDS = 0.1
 
@@ -30,8 +31,9 @@ def run(settings: dict[str, Any], progress: Callable[[Progress], None], on_made:
     """Goes on with the job at `settings["path"]`, in its direction or the one asked for. Raises CdpError, Stopped."""
     path = settings["path"]
     rollback = Rollback(
-        path, jobs.load(path), Client(settings["state_dir"]), settings["collector"], settings["replayer"], progress
-    )
+        path, None, Client(settings["state_dir"]), settings["collector"], settings["replayer"], progress,
+        lock_seconds=LOCK_SECONDS,
+    )  # fmt: skip
     on_made(rollback)
     try:
         act = {UNDO: rollback.undo, ABANDON: rollback.abandon}.get(settings["direction"], rollback.run)

@@ -55,15 +55,23 @@ class Rollback:
     def __init__(
         self,
         path: str,
-        job: Job,
+        job: Job | None,
         control: Control,
         collector_address: str,
         replayer_address: str,
         progress: Callable[[Progress], None] = lambda _: None,
         patience_seconds: float = PATIENCE_SECONDS,
+        lock_seconds: float = 0.0,
     ) -> None:
-        self.job = job
+        """`job` None: the one in the file, as whoever had it before left it; `lock_seconds`: how long to wait for that.
+        Raises RefusedError (`locked`), NotFoundError, StorageError."""
         self._path = path
+        self._lock = storage.lock_file(path + ".lock", lock_seconds, f"The rollback {path}")
+        try:
+            self.job = job = jobs.load(path) if job is None else job
+        except CdpError:
+            self.close()
+            raise
         self._commands = Commands(control)
         self._collector, self._replayer = collector_address, replayer_address
         self._progress = progress
@@ -74,7 +82,6 @@ class Rollback:
         self._attached = False
         self._copied_again = False
         self._may_have_begun = job.step == BEGIN and job.begin is None
-        self._lock = storage.lock_file(path + ".lock", 0.0, f"The rollback {path}")
         self._steps: dict[str, Callable[[], str]] = {
             LOCK: self._lock_volumes, BEGIN: self._begin, WAIT: self._wait, COPY: self._copy, PROVE: self._prove,
             END: self._end, UNLOCK: self._unlock,
@@ -117,7 +124,7 @@ class Rollback:
         return isinstance(error, UnreachableError) or (error.code == "stopped" and self.job.step != LOCK)
 
     def undo(self) -> Job:
-        """Puts back what was there at BEGIN. Raises RefusedError once the rollback is proven."""
+        """Puts back what was there at BEGIN. Once the rollback is proven it is ended, then RefusedError."""
         self._interrupt(UNDO)
         return self.run()
 
@@ -131,6 +138,7 @@ class Rollback:
         if job.direction == direction:
             return
         if job.step in (END, UNLOCK, DONE):
+            self.run()  # who was at it may have been stopped for this, with the volumes locked
             hint = f"Roll back to {job.begin['bookmark']} for the state before it." if job.begin else ""
             raise RefusedError(f"The rollback of {job.group} is over.", hint, code="busy")
         if job.step == LOCK:

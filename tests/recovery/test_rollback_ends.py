@@ -1,0 +1,58 @@
+"""Rollbacks near their end, and those that cannot get there."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+
+from cdp.errors import RefusedError
+from cdp.recovery import job as jobs
+from cdp.recovery.job import DONE, END, UNLOCK
+from cdp.recovery.rollback import Progress, Rollback
+from tests.recovery.test_rollback import Killed, Scene
+
+
+@pytest.fixture
+def scene(tmp_path):
+    made = Scene(tmp_path)
+    yield made
+    made.rig.close()
+
+
+@pytest.mark.parametrize("act", [Rollback.undo, Rollback.abandon])
+@pytest.mark.parametrize("step", [END, UNLOCK])
+def test_one_that_is_proven_is_ended_by_whoever_comes_too_late_to_undo_it(scene, step, act):
+    """Promise 7: the run that would have ended it was stopped for the undo, so nobody else is left to unlock."""
+
+    def die(progress: Progress) -> None:
+        if progress.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        scene.run(progress=die)
+    assert jobs.load(scene.job_file).step == step
+    with pytest.raises(RefusedError, match="over") as refused:
+        scene.run(jobs.load(scene.job_file), act=act)
+    assert "rollback-" in refused.value.hint
+    assert jobs.load(scene.job_file).step == DONE
+    assert scene.now("db") == scene.good["db"]
+
+
+def test_a_job_is_as_the_process_before_left_it(scene):
+    """Who waits for the file must not go on from where the job was when it began to wait."""
+    first = scene.rollback()
+    waited: list[Rollback] = []
+    addresses = scene.address("collector"), scene.address("replayer")
+    opening = Thread(
+        target=lambda: waited.append(Rollback(scene.job_file, None, scene.rig, *addresses, lock_seconds=30.0))
+    )
+    opening.start()
+    first.run()
+    first.close()
+    opening.join()
+    with scene.client("db") as client:
+        client.write(0, b"production goes on")
+    assert waited[0].run().step == DONE
+    waited[0].close()
+    assert scene.now("db")[:18] == b"production goes on"
