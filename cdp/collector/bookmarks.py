@@ -9,7 +9,7 @@ import logging
 import re
 
 from cdp import storage
-from cdp.collector.state import VERSION, Store, load
+from cdp.collector.state import VERSION, Saved, Store, load
 from cdp.errors import RefusedError, UsageError
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,19 @@ class Bookmarks:
         if len(self._names) > MAX_NAMES:
             del self._names[next(iter(self._names))]
 
-    def save(self) -> None:
-        """Writes the file if names were added since."""
-        if self._changed:
-            self._changed = False
-            self._store.save(self.content(), self._saved)
+    def save(self, done: Saved) -> None:
+        """`done(error)` is called when every name that was added is durable."""
+        if not self._changed:
+            return done(None)
+        self._changed = False
+
+        def saved(error: BaseException | None) -> None:
+            if error is not None:
+                self._changed = True
+                log.error("The names of bookmarks cannot be saved: %s", error)
+            done(error)
+
+        self._store.save(self.content(), saved)
 
     def content(self) -> dict[str, object]:
         return {"version": VERSION, "names": list(self._names)}
-
-    def _saved(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._changed = True
-            log.error("The names of bookmarks cannot be saved: %s", error)

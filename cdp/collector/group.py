@@ -270,7 +270,8 @@ class Group:
     def _note_volumes(self) -> None:
         for v in self.volumes:
             self.content["volumes"][v.name] = {
-                "id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "doubt": v.doubt
+                "id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "rollback": v.rollback,
+                "doubt": v.doubt,
             }  # fmt: skip
 
     def checkpoint(self, seq: int) -> None:
@@ -296,8 +297,12 @@ class Group:
             if not self.journal_dead:
                 self.journal.release()
 
-        self.bookmarks.save()
-        Store(f"{self.folder}/checkpoint", self._worker).save(content, saved)
+        def named(error: BaseException | None) -> None:
+            if error is not None:
+                return saved(error)
+            Store(f"{self.folder}/checkpoint", self._worker).save(content, saved)
+
+        self.bookmarks.save(named)  # first: behind the checkpoint nobody meets their records again
 
     def checkpoint_content(self, seq: int, clean: bool) -> Checkpoint:
         """What a start compares the primaries with. Raises OSError."""

@@ -131,7 +131,7 @@ class FilePrimary(InlinePrimary):
     def _fit(self, size_bytes: int, known_bytes: int | None) -> None:
         there = storage.device_bytes(self.fd)
         grows = known_bytes is not None and there == known_bytes < size_bytes
-        if not self.is_device and (self.created or there == 0 or grows):
+        if not self.is_device and (self.created or (there == 0 and known_bytes is None) or grows):
             storage.ftruncate(self.fd, size_bytes)
             storage.fsync(self.fd)
             storage.sync_folder(os.path.dirname(self.path) or ".")

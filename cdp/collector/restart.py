@@ -16,6 +16,7 @@ from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.resync import INITIAL_SYNC, gap_open
+from cdp.collector.rolling import note_rollback
 from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
 from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
 from cdp.errors import ConfigError, JournalFullError, StorageError
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # A write reaches the primary at most this long after its batch: file systems stamp coarsely, disks stall.
 MTIME_TOLERANCE_NS = 2_000_000_000
+# While a start writes the journal's tail the primaries' mtimes move on: heartbeats say that it was this collector.
+TAIL_HEARTBEAT_NS = MTIME_TOLERANCE_NS // 2
 # Volume numbers are 16 bits, and one of them means "the whole group".
 MAX_VOLUME_IDS = batch.NO_VOLUME
 
@@ -45,7 +48,7 @@ def open_group(
     journal: JournalWriter | None = None
     try:
         for volume_spec in spec.volumes:
-            volumes.append(_open_volume(volume_spec, state))
+            volumes.append(_open_volume(volume_spec, state, checkpoint))
         state["epoch"] += 1
         save(f"{folder}/group.json", state)
         identity = Identity(bytes.fromhex(state["group_id"]), state["epoch"], storage.random_bytes(16))
@@ -94,9 +97,17 @@ def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:
     raise ConfigError(f"{spec.primary!r} is no primary.", "Write file:PATH, nbd://…, nbd+unix://… or none.")
 
 
-def _open_volume(spec: VolumeSpec, state: GroupState) -> Volume:
+def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | None) -> Volume:
     known = state["volumes"].get(spec.name)
+    if known is not None and spec.size_bytes < known["size"]:
+        raise ConfigError(
+            f"{spec.name} has {known['size']} bytes, but is configured with {spec.size_bytes}.",
+            "A volume's size may grow, never shrink: set `size` to what it had.",
+        )
     primary = open_primary(spec, known["size"] if known else None)
+    if known is not None and checkpoint is not None and spec.name not in checkpoint["primaries"] and primary.readable:
+        text = f"{spec.name} was not configured at the last start, so nobody watched its primary; it is compared."
+        known["sync"] = known.get("sync") or {"code": "returned", "text": text}
     if known is None:
         if state["next_id"] >= MAX_VOLUME_IDS:
             raise ConfigError(f"Too many volumes were ever in the group of {spec.name}.", "Make a new group.")
@@ -107,7 +118,7 @@ def _open_volume(spec: VolumeSpec, state: GroupState) -> Volume:
             known["sync"] = {"code": INITIAL_SYNC, "text": text}
     known["size"] = spec.size_bytes
     volume = Volume(spec.name, known["id"], spec.size_bytes, primary)
-    volume.sync, volume.lock = known.get("sync"), known.get("lock")
+    volume.sync, volume.lock, volume.rollback = known.get("sync"), known.get("lock"), known.get("rollback")
     _set_doubt(volume, known.get("doubt"))
     return volume
 
@@ -130,22 +141,33 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
             written_ns = found.wall_ns
         for volume in group.volumes:
             _judge(group, volume, checkpoint, written_ns)
-        if any(v.doubt for v in group.volumes):
-            group.save_state_now()  # the next start could not tell any more: this one writes to the journal
+        # The next start could not tell any more what was found: this one writes to the journal and to the primaries.
+        group.save_state_now()
+        save(f"{group.folder}/checkpoint", group.checkpoint_content(after_seq, clean=False))
     trusted = {v.id: v for v in group.volumes if not v.refuse}
     writer = tail.TailWriter(trusted, group.refused)
-    for found in group.journal.batches_after(after_seq):
-        writer.apply(found)
+    _write_tail(group, writer, after_seq)
     for name in writer.bookmarks:
         group.bookmarks.add(name)
     for volume in group.volumes:
         if volume.id in writer.open_gaps and volume.sync is None:
             volume.sync = writer.open_gaps[volume.id]
+    for note in writer.rollbacks:
+        note_rollback(group.volumes, note)
     group.hold_checkpoint = any(v.doubt for v in group.volumes)
     group.first_records = _first_records(group)
     group.begin()
     if not group.journal_dead:
         _make_durable(group, checkpoint)
+
+
+def _write_tail(group: Group, writer: tail.TailWriter, after_seq: int) -> None:
+    said_ns = 0
+    for found in group.journal.batches_after(after_seq):
+        if storage.monotonic_ns() - said_ns >= TAIL_HEARTBEAT_NS:
+            said_ns = storage.monotonic_ns()
+            group.try_append([(batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")])
+        writer.apply(found)
 
 
 def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int) -> None:
@@ -209,7 +231,7 @@ def _make_durable(group: Group, before: Checkpoint | None) -> None:
     group.save_state_now()
     group.checkpoint_seq = before["seq"] if before else 0
     if group.hold_checkpoint:
-        return  # the old checkpoint says who the primaries were
+        return  # the journal behind the old one is kept
     if group.refusals.first_seq is not None:
         return  # a checkpoint is the end of a batch; the rounds take one once this is settled
     seq = journal.durable_seq
@@ -233,14 +255,17 @@ def close_group(group: Group) -> None:
             journal.end_sync(token)
         for volume in group.volumes:
             volume.primary.sync()
+            if volume.primary.fd >= 0:
+                storage.fsync(volume.primary.fd)  # the mtime too: the next start compares it
         group.publish()
         group.save_state_now()
         save(f"{group.folder}/bookmarks", group.bookmarks.content())
         failed = group.journal_dead or any(v.sync_failed for v in group.volumes)
         failed = failed or group.answered_seq != journal.durable_seq
-        if not failed and not group.hold_checkpoint:
-            save(f"{group.folder}/checkpoint", group.checkpoint_content(journal.durable_seq, clean=True))
-            consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, journal.durable_seq)
+        if not failed:
+            seq = group.checkpoint_seq if group.hold_checkpoint else journal.durable_seq
+            save(f"{group.folder}/checkpoint", group.checkpoint_content(seq, clean=True))
+            consumers.acknowledge(f"{group.folder}/journal", CHECKPOINT_CONSUMER, seq)
     except (OSError, StorageError) as e:
         log.error("group %s: not stopped cleanly: %s", group.name, e)
     for volume in group.volumes:

@@ -19,6 +19,7 @@ from cdp.collector.splitter import Splitter
 from cdp.collector.upstream import Upstream
 from cdp.collector.volume import GroupSpec, Volume, VolumeSpec
 from cdp.errors import CdpError, ConfigError, NotFoundError, RefusedError
+from cdp.nbd.contract import SECRET_MARK
 
 if TYPE_CHECKING:
     from cdp.nbd.contract import Export
@@ -33,8 +34,6 @@ HEARTBEAT_SECONDS = 1.0
 # Many more than one journal disk serves; every group costs a sync every 50 ms while it is written.
 MAX_GROUPS = 64
 MAX_VOLUMES_IN_GROUP = 256
-# Between a volume's name and the secret of the rollback that holds it.
-SECRET_MARK = "!"
 
 
 class Collector:

@@ -16,6 +16,14 @@ VERSION = 1
 Saved = Callable[[BaseException | None], None]
 
 
+class RollbackState(TypedDict):
+    """What the rollback that holds a volume's lock has journaled: its answers, to be given again."""
+
+    after_seq: int  # of the journal when it locked: its records are behind it
+    begin: dict[str, Any] | None
+    end: dict[str, Any] | None
+
+
 class VolumeState(TypedDict):
     """What outlives the process about a volume. `doubt`: why it is stopped until somebody trusts a side."""
 
@@ -24,6 +32,7 @@ class VolumeState(TypedDict):
     sync: NotRequired[dict[str, str] | None]
     doubt: NotRequired[dict[str, str] | None]
     lock: NotRequired[str | None]
+    rollback: NotRequired[RollbackState | None]
 
 
 class GroupState(TypedDict):

@@ -24,6 +24,7 @@ class TailWriter:
         self._volumes, self._refused = volumes, refused
         self.bookmarks: list[str] = []
         self.open_gaps: dict[int, Reason] = {}  # volumes whose last GAP is open
+        self.rollbacks: list[Record] = []  # BEGIN and END; their data is kept
 
     def apply(self, found: Batch) -> None:
         """Raises CorruptionError for a record outside its volume."""
@@ -34,6 +35,8 @@ class TailWriter:
                     self._write(volume, record)
             elif record.kind == batch.BOOKMARK:
                 self.bookmarks.append(bytes(record.data).decode())
+            elif record.kind in (batch.ROLLBACK_BEGIN, batch.ROLLBACK_END):
+                self.rollbacks.append(record._replace(data=memoryview(bytes(record.data))))
             elif record.kind == batch.GAP:
                 if record.flags & batch.OPEN:
                     self.open_gaps[record.volume] = json.loads(bytes(record.data))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cdp.collector.primary import Primary
 
 if TYPE_CHECKING:
+    from cdp.collector.state import RollbackState
     from cdp.collector.upstream import Upstream
     from cdp.nbd.connection import Connection
 
@@ -66,6 +67,7 @@ class Volume:
     sync: Reason | None = None  # why a whole-volume pass must be made; durable until that has ended
     in_gap: bool = False  # its last GAP record in the journal is open
     lock: str | None = None  # SHA-256 of the secret that a rollback holds the volume with
+    rollback: RollbackState | None = None  # what that rollback has journaled
     dirty: bool = False  # took something since its last sync began
     sync_failed: bool = False  # flushes fail until what it took since the checkpoint is written again
     cold_reads: int = 0  # under way in the pool

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from cdp.nbd.connection import Connection
 
+# What follows it in an export's name is a secret: it is never logged.
+SECRET_MARK = "!"
+
 # command, flags, cookie, offset, length, data (a WRITE's, else None). Length is never 0 but for FLUSH.
 Request = tuple[int, int, bytes, int, int, "memoryview | None"]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from cdp.nbd import listening
 from cdp.nbd.budget import Budget
 from cdp.nbd.connection import Connection
-from cdp.nbd.contract import Export, Exports, Limits
+from cdp.nbd.contract import SECRET_MARK, Export, Exports, Limits
 from cdp.nbd.handshake import Handshake
 from cdp.nbd.intake import RECEIVE_BYTES, Intake
 from cdp.nbd.outbox import SendBuffer
@@ -204,7 +204,7 @@ class Loop(Reactor):
         connection.agreed(negotiation.export, negotiation.structured, negotiation.contexts)
         parser = Parser(negotiation.export, negotiation.structured, connection.contexts)
         connection.intake = Intake(connection, parser, self.shared, self.budget, self.limits, negotiation.leftover())
-        _log.info("%s opened %r", connection.peer, negotiation.name)
+        _log.info("%s opened %r", connection.peer, negotiation.name.partition(SECRET_MARK)[0])
 
     def _settle(self, connection: Connection) -> None:
         """After anything happened: goes on with input that was held back, closes, and sets what epoll watches."""

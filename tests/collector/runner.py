@@ -43,7 +43,7 @@ def answer(line: dict[str, Any]) -> None:
 
 def main() -> None:
     config = json.loads(sys.argv[1])
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, level=config.get("log_level", "WARNING"))
     if faults := config.get("slow_sync"):
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
