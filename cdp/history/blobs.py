@@ -50,6 +50,10 @@ class Extent(NamedTuple):
     before: Buffer | None
 
 
+# The same, also without its name: a bare tuple is made twice as fast.
+AnyExtent = tuple[int, int, int, int, Buffer | None]
+
+
 class Packer:
     """Turns extents into entry columns and blobs. One writer thread; remembers whether compression paid lately."""
 
@@ -58,15 +62,33 @@ class Packer:
         self._zstd = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
         self._failures = 0
 
-    def pack(self, extents: Sequence[Extent], fast: bool) -> Packed:
+    def pack(self, extents: Sequence[AnyExtent], fast: bool) -> Packed:
         """`fast` stores raw. Offsets count from the first blob."""
         packed = Packed()
         try_zstd = self._compress and not fast
+        codes, seqs, crcs, lengths = packed.codes, packed.seqs, packed.crcs, packed.lengths
+        blobs, sizes = packed.blobs, packed.sizes
+        # One turn for each 4 KiB that is written: nothing is called here that can be avoided.
         for volume, block, count, seq, before in extents:
-            if count == 1:
-                packed.add(volume << VOLUME_SHIFT | block, seq, *self._store(before, try_zstd))
-            else:
+            if count > 1:
                 self._pack_many(packed, volume << VOLUME_SHIFT | block, count, seq, before, try_zstd)
+                continue
+            codes.append(volume << VOLUME_SHIFT | block)
+            seqs.append(seq)
+            if before is None:
+                crc = length = 0
+            else:
+                crc, length = crc32c(before), BLOCK_BYTES
+                if crc == _ZERO_CRC and bytes(before) == ZERO_BLOCK:
+                    crc = length = 0
+                else:
+                    # The crc is as good as random, so that no regular pattern of writes can hide from the sample.
+                    if try_zstd and (self._failures < _PATIENCE_BLOCKS or not crc % _SAMPLE_EVERY):
+                        before, crc, length = self._shrink(before, crc)
+                    blobs.append(before)
+            crcs.append(crc)
+            lengths.append(length)
+            sizes.append(length)
         return packed
 
     def _pack_many(
@@ -93,20 +115,18 @@ class Packer:
         crc = crc32c(before)
         if crc == _ZERO_CRC and bytes(before) == ZERO_BLOCK:
             return None, 0, 0
-        if try_zstd and (small := self._shrink(before, crc)) is not None:
-            return small, crc32c(small), len(small)
+        if try_zstd and (self._failures < _PATIENCE_BLOCKS or not crc % _SAMPLE_EVERY):
+            return self._shrink(before, crc)
         return before, crc, BLOCK_BYTES
 
-    def _shrink(self, before: Buffer, crc: int) -> bytes | None:
-        # The crc is as good as random, so that no regular pattern of writes can hide from the sample.
-        if self._failures >= _PATIENCE_BLOCKS and crc % _SAMPLE_EVERY:
-            return None
+    def _shrink(self, before: Buffer, crc: int) -> tuple[Buffer, int, int]:
+        """As `_store`: compressed if that pays."""
         small: bytes = self._zstd.compress(before)
         if len(small) <= _WORTH_BYTES:
             self._failures = 0
-            return small
+            return small, crc32c(small), len(small)
         self._failures += 1
-        return None
+        return before, crc, BLOCK_BYTES
 
     def _worth_trying(self, first: memoryview, crc: int) -> bool:
         """Whether a run's blocks are compressed one by one: while nothing shrinks, only if a sample of them does."""
@@ -139,29 +159,34 @@ class Packer:
 
 
 class Packed:
-    """Columns of entries, and the blobs in the order of their offsets."""
+    """Columns of entries, and the blobs in the order of their entries; `sizes` are the bytes of each entry's blobs."""
 
     def __init__(self) -> None:
         self.codes: list[int] = []
         self.seqs: list[int] = []
-        self.offsets: list[int] = []
         self.crcs: list[int] = []
         self.lengths: list[int] = []
+        self.sizes: list[int] = []
         self.blobs: list[Buffer] = []
-        self.blob_bytes = 0
+
+    @property
+    def blob_bytes(self) -> int:
+        return sum(self.sizes)
 
     def add(self, code: int, seq: int, stored: Buffer | None, crc: int, length: int, *more: Buffer) -> None:
         self.codes.append(code)
         self.seqs.append(seq)
-        self.offsets.append(self.blob_bytes)
         self.crcs.append(crc)
         self.lengths.append(length)
-        if stored is not None:
-            self.blobs.append(stored)
-            self.blob_bytes += len(stored)
-            for blob in more:
-                self.blobs.append(blob)
-                self.blob_bytes += len(blob)
+        blobs = (*more,) if stored is None else (stored, *more)
+        self.blobs += blobs
+        self.sizes.append(sum(map(len, blobs)))
+
+    def offsets(self, base: int) -> Array:
+        """Where each entry's blobs begin if the first stand at `base`; u32."""
+        sizes = np.array(self.sizes, np.uint32)
+        found: Array = np.cumsum(sizes, dtype=np.uint32) - sizes + np.uint32(base)
+        return found
 
 
 class Unpacker:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
-from cdp.history.blobs import Buffer, Extent, Packed, Packer
+from cdp.history.blobs import AnyExtent, Buffer, Extent, Packed, Packer
 from cdp.history.meta import Parts, describe, header_of, kept_of
 from cdp.history.undo_format import (
     CLOSING_AT,
@@ -65,6 +65,7 @@ class UndoLog:
         storage.makedirs(folder, exist_ok=True)
         self.folder = folder
         self.segments: OrderedDict[int, Segment] = OrderedDict()
+        self.newest: Segment | None = None  # the last of them
         self.synced_seq = 0
         self._segment_bytes = min(segment_bytes, _MAX_SEGMENT_BYTES)
         self._packer = Packer(compress)
@@ -80,13 +81,10 @@ class UndoLog:
     # --- what is there
 
     @property
-    def newest(self) -> Segment | None:
-        return next(reversed(self.segments.values()), None)
-
-    @property
     def last_seq(self) -> int:
-        """The highest seq that the log has anything of."""
-        return self.newest.last_seq if self.newest else 0
+        """The highest seq that the log has anything of. Asked with every read of the past."""
+        newest = self.newest
+        return newest.last_seq if newest is not None else 0
 
     @property
     def bytes(self) -> int:
@@ -182,7 +180,7 @@ class UndoLog:
             chain.append(segment)
             ordinal, end = segment.opening.prev_ordinal, segment.opening.prev_end
         for segment in reversed(chain):
-            self.segments[segment.ordinal] = segment
+            self.segments[segment.ordinal] = self.newest = segment
             self.synced_seq = max(self.synced_seq, segment.synced_seq)
 
     def _fill(self, segment: Segment, end: int) -> None:
@@ -204,7 +202,7 @@ class UndoLog:
 
     # --- appending
 
-    def append(self, batches: Sequence[Batch], extents: Sequence[Extent], fast: bool) -> Written:
+    def append(self, batches: Sequence[Batch], extents: Sequence[AnyExtent], fast: bool) -> Written:
         """Writes a bundle, not synced. Raises OSError (nothing was appended), StorageError after a failed sync."""
         packed = self._packer.pack(extents, fast)
         headers, descriptors, notes = describe(batches)
@@ -220,7 +218,7 @@ class UndoLog:
         rows = np.empty(len(packed.codes), ROW)
         rows["code"], rows["seq"], rows["length"] = packed.codes, packed.seqs, packed.lengths
         base = segment.end + header.total_bytes - header.blob_bytes
-        rows["offset"] = np.array(packed.offsets, np.uint32) + np.uint32(base)
+        rows["offset"] = packed.offsets(base)
         rows["crc"] = np.array(packed.crcs, np.uint32) ^ mix_many(rows["code"], rows["seq"], segment.opening.salt)
         bundle = segment.append(file.fd, header, meta, rows, packed.blobs)
         bundle.headers, bundle.descriptors, bundle.notes = parts
@@ -267,7 +265,7 @@ class UndoLog:
         self._writing = file
         self._folder_unsynced = True
         self._descriptors[segment.ordinal] = file
-        self.segments[segment.ordinal] = segment
+        self.segments[segment.ordinal] = self.newest = segment
         return segment, file
 
     def sync(self, written: Written) -> None:
@@ -294,6 +292,8 @@ class UndoLog:
             segment = self.segments.pop(ordinal)
             self._descriptors.pop(ordinal, None)
             self._free(segment.path)
+        if not self.segments:
+            self.newest = None
         storage.sync_folder(self.folder)
 
     def _free(self, path: str) -> None:

@@ -8,7 +8,6 @@ whole (promise 6). One thread uses a view at a time.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from typing import Protocol
 
 from cdp import storage
@@ -62,21 +61,24 @@ class View:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` with the point's bytes. Raises OSError: EIO when the point left the window or is damaged."""
-        self._check_open()
-        got = storage.preadv(self._fd, [target], offset) if len(target) else 0
-        while got < len(target):
+        window, wanted = self._window, len(target)
+        if window.closed:
+            self._check_open()
+        got = storage.preadv(self._fd, (target,), offset) if wanted else 0
+        while got < wanted:
             more = storage.preadv(self._fd, [target[got:]], offset + got)
             if not more:
-                target[got:] = bytes(len(target) - got)
+                target[got:] = bytes(wanted - got)
                 break
             got += more
-        if self.seq < self.applied_now():
-            self._guarded(lambda: self._patch(offset, target))
-        self._check_window()
-
-    def applied_now(self) -> int:
-        """The highest seq that the undo log has anything of: at it or above, the replica alone is the point."""
-        return self._window.log.last_seq
+        # At the last seq that the undo log has anything of, or above it, the replica alone is the point.
+        if self.seq < window.log.last_seq and wanted:
+            try:
+                self._patch(offset, target)
+            except Exception as e:
+                raise self._refusal(e) from e
+        if self.seq < window.oldest_seq or window.closed:
+            self._check_window()
 
     def _patch(self, offset: int, target: memoryview) -> None:
         """Puts what was replaced since the point over the replica's bytes."""
@@ -156,8 +158,11 @@ class View:
     def _allocation_step(self, offset: int, length: int) -> tuple[list[tuple[int, int]], int]:
         data = storage.data_extents(self._fd, offset, offset + length)
         zeros: list[tuple[int, int, bool]] = []
-        if self.seq < self.applied_now():
-            self._guarded(lambda: zeros.extend(self._zero_blocks(offset, length)))
+        if self.seq < self._window.log.last_seq:
+            try:
+                zeros = self._zero_blocks(offset, length)
+            except Exception as e:
+                raise self._refusal(e) from e
         if not zeros:
             return _with_holes(data, offset, length), 0
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
@@ -188,27 +193,24 @@ class View:
         """(length, flags) stretches of cdp:changed: 1 where blocks were written after the point, up to the newest
         state as of the opening. Computed when first asked for. Raises OSError as `read_into`."""
         if self._changed is None:
-            self._guarded(self._find_changed)
-        assert self._changed is not None
+            try:
+                self._changed = self._window.changed_blocks(self.volume, self.seq, self.applied_seq)
+            except Exception as e:
+                raise self._refusal(e) from e
         found = flags_of(*self._changed, offset, length, CHANGED)
         self._check_window()
         return found
 
-    def _find_changed(self) -> None:
-        self._changed = self._window.changed_blocks(self.volume, self.seq, self.applied_seq)
-
     # --- honesty
 
-    def _guarded(self, call: Callable[[], None]) -> None:
-        """Whatever stands in the way of reading the past is EIO for a reader of it."""
-        try:
-            call()
-        except OSError:
-            raise
-        except Exception as e:  # CdpError from the log, Exception from RocksDB, whose class is not exported
-            self._check_window()
-            text = str(e) if isinstance(e, CdpError) else f"the index cannot be read: {e}"
-            raise OSError(errno.EIO, text) from e
+    def _refusal(self, error: Exception) -> OSError:
+        """Whatever stands in the way of reading the past is EIO for a reader of it: CdpError from the log, Exception
+        from RocksDB, whose class is not exported."""
+        if isinstance(error, OSError):
+            return error
+        self._check_window()
+        text = str(error) if isinstance(error, CdpError) else f"the index cannot be read: {error}"
+        return OSError(errno.EIO, text)
 
     def _check_open(self) -> None:
         """Behind a closed history the replica's descriptor is closed too, or another file's by now."""

@@ -14,7 +14,7 @@ from typing import Final
 
 from cdp import storage
 from cdp.errors import CorruptionError
-from cdp.history.blobs import Extent
+from cdp.history.blobs import AnyExtent, Extent
 from cdp.journal.batch import (
     DESCRIPTOR,
     RESIZE,
@@ -50,7 +50,7 @@ class Bundle:
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.extents: list[Extent] = []
+        self.extents: list[AnyExtent] = []
         self.results: dict[int, Known] = {}
         self.followed: list[Record] = []
         self.sizes: dict[int, int] = {}
@@ -152,7 +152,7 @@ class Planner:
                             else:
                                 self._used += 1
                     results[block] = data[at : at + BLOCK_BYTES]
-                    add(Extent(volume, block, 1, seq, before))
+                    add((volume, block, 1, seq, before))
                 elif kind in (WRITE, ZERO, SYNC, VERIFY) or kind in FOLLOWED:
                     record = Record(
                         seq, batch.order_ns + seq - batch.first_seq, kind, flags, volume, offset, length,

@@ -85,21 +85,28 @@ class ReplicaFile:
 
     def write_blocks(self, blocks: dict[int, Content]) -> None:
         """Writes whole blocks, neighbours together. May be repeated after an error. Raises OSError."""
-        run: list[memoryview] = []
-        start = end = -1
-        hole = False
-        for block in sorted(blocks):
+        keys, fd, pwrite = [*sorted(blocks), -1], self.fd, storage.pwrite
+        whole, alone, i, last = self.size >> BLOCK_SHIFT, 0, 0, len(blocks)
+        while i < last:
+            block, first = keys[i], i
             content = blocks[block]
-            if block != end or (content is None) is not hole or len(run) == _RUN_BLOCKS:
-                if end > start:
-                    self._put(start, end, run)
-                    run = []
-                start, hole = block, content is None
-            end = block + 1
-            if content is not None:
-                run.append(content)
-        if end > start:
-            self._put(start, end, run)
+            i += 1
+            if content is not None and keys[i] != block + 1 and block < whole:  # the common case, without a call
+                if pwrite(fd, content, block << BLOCK_SHIFT) != BLOCK_BYTES:
+                    self._put(block, block + 1, [content])
+                alone += 1
+                continue
+            hole = content is None
+            run = [] if content is None else [content]
+            while keys[i] == block + i - first and len(run) < _RUN_BLOCKS:
+                content = blocks[keys[i]]
+                if (content is None) is not hole:
+                    break
+                if content is not None:
+                    run.append(content)
+                i += 1
+            self._put(block, block + i - first, run)
+        self.dirty_bytes += alone << BLOCK_SHIFT
 
     def _put(self, start: int, end: int, run: list[memoryview]) -> None:
         offset, stop = start << BLOCK_SHIFT, end << BLOCK_SHIFT

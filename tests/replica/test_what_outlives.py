@@ -42,7 +42,7 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         held = r.replayer.pin(1)
         for _ in range(40):
             r.feed.write(1, 0, os.urandom(SIZE))
-            r.feed.flush()
+            r.caught_up()  # each in a bundle, and so a segment, of its own: what is read together stays together
         target = r.feed.next_seq - 30
         about = json.dumps({"volumes": [1], "target_seq": target, "target_time_ns": 0, "bookmark": "b"}).encode()
         begin = r.feed.record(fmt.ROLLBACK_BEGIN, 1, data=about)
