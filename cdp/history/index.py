@@ -74,10 +74,12 @@ def read_position(entries: SortedMap) -> Position | None:
 
 
 def first_after(cursor: Cursor, code: int, seq: int) -> tuple[int, Place] | None:
-    """(seq, place) of the entry of exactly this code with the smallest seq > `seq`."""
+    """(seq, place) of the entry of exactly this code with the smallest seq > `seq`. Raises Exception when the map is
+    damaged there: an entry that cannot be read is not an entry that is not there."""
     key = _KEY.pack(b"B", code, seq + 1)
     cursor.seek(key)
     if not cursor.valid():
+        cursor.status()
         return None
     found = cursor.key()
     if found[:9] != key[:9]:
@@ -104,6 +106,7 @@ def all_after(cursor: Cursor, first: int, last: int, seq: int) -> Iterator[tuple
             yield code, found, Place(*_PLACE.unpack(cursor.value()))
             done = code
             cursor.next()
+    cursor.status()
 
 
 def volumes_with_runs(cursor: Cursor) -> set[int]:
@@ -112,7 +115,10 @@ def volumes_with_runs(cursor: Cursor) -> set[int]:
     volume = 0
     while volume <= 0xFFFF:
         cursor.seek(_KEY.pack(b"B", volume << VOLUME_SHIFT | RUN_BIT, 0))
-        if not cursor.valid() or cursor.key()[:1] != b"B":
+        if not cursor.valid():
+            cursor.status()
+            break
+        if cursor.key()[:1] != b"B":
             break
         code = int.from_bytes(cursor.key()[1:9], "big")
         if code & RUN_BIT:

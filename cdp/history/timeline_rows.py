@@ -51,6 +51,8 @@ def rows(cursor: Cursor, prefix: bytes, start: bytes = b"") -> Rows:
     while cursor.valid() and (key := cursor.key()).startswith(prefix):
         yield key[len(prefix) :], cursor.value()
         cursor.next()
+    if not cursor.valid():
+        cursor.status()
 
 
 def rows_back(cursor: Cursor, prefix: bytes, last: bytes) -> Rows:
@@ -59,6 +61,8 @@ def rows_back(cursor: Cursor, prefix: bytes, last: bytes) -> Rows:
     while cursor.valid() and (key := cursor.key()).startswith(prefix):
         yield key[len(prefix) :], cursor.value()
         cursor.prev()
+    if not cursor.valid():
+        cursor.status()
 
 
 class TimelineWriter:

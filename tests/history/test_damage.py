@@ -113,6 +113,35 @@ def test_index_is_made_again_from_segments_alone(tmp_path: Path) -> None:
     group.close()
 
 
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_a_damaged_index_is_not_an_empty_one(tmp_path: Path, blocks: int) -> None:
+    """Promise 6: what the index cannot say is EIO; the replica's newer bytes must not stand in for it."""
+    count = 100
+    group = Group(tmp_path, count)
+    for i in range(3):
+        group.bundle([write(block, bytes([i + 1]) * BLOCK) for block in range(count)])
+    seq, newest = count, group.history.applied_seq
+    group.history.close()
+    for path in (tmp_path / "history" / "index").glob("*.sst"):
+        damaged = bytearray(path.read_bytes())
+        for at in range(500, len(damaged) // 2, 1000):
+            damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+    group.history = group.open()
+    group.history.applied_seq = newest
+    refused = 0
+    for block in range(count - blocks):
+        view, target = group.history.view(group.fd, 0, seq, count * BLOCK, newest), bytearray(blocks * BLOCK)
+        try:
+            view.read_into(block * BLOCK, memoryview(target))
+            assert target == group.versions[seq][block * BLOCK : (block + blocks) * BLOCK]
+        except OSError as e:
+            assert e.errno == errno.EIO
+            refused += 1
+    assert refused > 10
+    group.close()
+
+
 def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
     """Promise 6: a reader that holds on to a dropped segment gets EIO, whatever stands in its file by then."""
     group = filled(tmp_path, 1 << 16)

@@ -58,6 +58,9 @@ class MemoryCursor:
     def valid(self) -> bool:
         return 0 <= self._at < len(self._rows)
 
+    def status(self) -> None:
+        """Memory can be read."""
+
     def key(self) -> bytes:
         return self._keys[self._at]
 
