@@ -184,12 +184,18 @@ class RollbackJobs:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         settings = rollback_settings(self._config, self._path(number), direction)
         writer.write(json.dumps({"settings": settings}).encode() + b"\n")
-        while line := await reader.readline():
-            message = json.loads(line)
-            if "progress" in message:
-                run.progress = message["progress"]
-            elif "fatal" in message:
-                run.error = from_dict(message["fatal"], message["exit_code"])
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "progress" in message:
+                    run.progress = message["progress"]
+                elif "fatal" in message:
+                    run.error = from_dict(message["fatal"], message["exit_code"])
+        except ConnectionError:
+            pass  # it was killed before it read its settings
+        except ValueError as e:
+            log.error("the rollback %s sent what cannot be read: %s", number, e)
+            run.process.kill()
         writer.close()
         return await run.process.wait()
 
