@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history import retention
-from cdp.history.blobs import Buffer, Extent
+from cdp.history.blobs import AnyExtent, Buffer, Extent
 from cdp.history.changed import changed_blocks, to_extents
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, Position, keys_of, position_put, puts_of, read_position, volumes_with_runs
@@ -178,14 +178,14 @@ class History:
 
     # --- writing
 
-    def append(self, batches: Sequence[Batch], extents: Sequence[Extent], fast: bool) -> Pending:
+    def append(self, batches: Sequence[Batch], extents: Sequence[AnyExtent], fast: bool) -> Pending:
         """Writes a bundle, not synced; `fast` without compression.
 
         The extents of a batch may be spread over several bundles; the last of them carries the batch. Raises OSError
         (nothing was appended), StorageError after a sync that failed.
         """
         if not self._begun:
-            first = batches[0].first_seq if batches else extents[0].seq
+            first = batches[0].first_seq if batches else extents[0][3]
             self._origin_seq = self.oldest_seq = first - 1
             self._write_oldest()
             self._begun = True
