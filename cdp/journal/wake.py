@@ -45,8 +45,8 @@ class Waker:
         for target in self._targets:
             try:
                 self._socket.sendto(b"\0", target)
-            except (BlockingIOError, ConnectionRefusedError, FileNotFoundError):
-                continue  # it has unread ones already, or is gone
+            except OSError:
+                continue  # it has unread ones already, is gone, or never was a reader: none of that stops production
 
     def close(self) -> None:
         self._socket.close()

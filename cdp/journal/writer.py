@@ -89,6 +89,7 @@ class JournalWriter:
     def _open(self, max_bytes: int, on_error: ExitStack) -> None:
         end = self._found
         self._failure: BaseException | None = None
+        self._sync_failure: BaseException | None = None
         self._segments: deque[Segment] = deque()
         for name in end.segments:
             path = self._path(name)
@@ -100,6 +101,8 @@ class JournalWriter:
         for name in end.discarded:
             if name != self.last_seq + 1:
                 self._spares.give(self._path(name))
+        positions = consumers.positions(self.folder)
+        self._free(min(positions.values(), default=0), keep=1)  # on a full disk that is the space to begin with
         self._syncs = Syncs(self.folder)
         self._current_bytes = self.segment_bytes
         self._current = self._begin_segment(self._spares.take(self._ended_bytes()), at_once=True)
@@ -211,16 +214,17 @@ class JournalWriter:
         return self._syncs.begin(self.last_seq, self.last_crc, self.order_ns, self._current.fd)
 
     def sync(self, token: SyncToken) -> None:
-        """On a worker's thread. After an error the writer takes nothing more (promise 3). Raises OSError."""
+        """On a worker's thread. After an error, `end_sync` ends the writer (promise 3). Raises OSError."""
         try:
             self._syncs.run(token)
         except BaseException as e:
-            self._failure = e
+            self._sync_failure = e  # the loop may be appending right now; it hears of it in `end_sync`
             raise
 
     def end_sync(self, token: SyncToken) -> int:
         """Back on the loop, also after a `sync` that raised: the highest durable seq. Raises OSError if it failed."""
         self._syncs.finish(token)
+        self._failure = self._failure or self._sync_failure
         if self._failure is not None:
             raise self._dead()
         if token.seq > self.durable_seq:
@@ -271,7 +275,7 @@ class JournalWriter:
         self._current, self._current_bytes = segment, size
         self._publisher.moved(self.durable_seq, marks)
         self.durable_seq, self._durable_crc, self._durable_order_ns = self.last_seq, self.last_crc, self.order_ns
-        self._failure = None
+        self._failure = self._sync_failure = None
 
     def publish(self, seq: int) -> None:
         """Readers may take everything up to `seq`, or up to what is durable if that is less. Raises OSError.
@@ -303,8 +307,11 @@ class JournalWriter:
     def release(self) -> None:
         """Frees the segments that every consumer is past; reads a small file for each. Raises CorruptionError."""
         positions = consumers.positions(self.folder)
-        needed = min([*positions.values(), self._publisher.published_seq])
-        while self._segments:
+        self._free(min([*positions.values(), self._publisher.published_seq]))
+
+    def _free(self, needed: int, keep: int = 0) -> None:
+        """Frees the segments that end at or before `needed`, but for the newest `keep`."""
+        while len(self._segments) > keep:
             follower = self._segments[1].first_seq if len(self._segments) > 1 else self._current.first_seq
             if follower - 1 > needed:
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,47 @@ def test_failed_sync_goes_on_in_a_new_segment(
     again = support.open_writer(folder, 2, known_durable_seq=last + 5)
     assert again.last_seq == last + 5
     again.close()
+
+
+def test_appends_go_on_until_the_loop_hears_of_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 3: between a worker's failed sync and the loop's hearing of it production appends; that is not the
+    journal's death, and what was appended then is written again with the rest."""
+    writer = support.open_writer(tmp_path / "j", 1)
+    support.append(writer, 500)
+    token = writer.begin_sync()
+    assert token is not None
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "fdatasync", broken)
+    with pytest.raises(OSError):
+        writer.sync(token)
+    monkeypatch.undo()
+    support.append(writer, 700)
+    with pytest.raises(OSError, match="takes nothing more"):
+        writer.end_sync(token)
+    assert writer.durable_seq == 0
+    with pytest.raises(OSError, match="takes nothing more"):
+        support.append(writer, 1)
+    writer.reopen_after_failure()
+    writer.publish(2)
+    assert writer.durable_seq == 2 and support.read_all(tmp_path / "j").seq == 2
+    writer.close()
+
+
+def test_readers_that_cannot_be_told_stop_nobody(tmp_path: Path) -> None:
+    """Promise 10: whatever lies in a consumer's place of call, publishing goes on."""
+    writer = support.open_writer(tmp_path / "j", 1)
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stranger.bind(str(tmp_path / "j/consumers/x.sock"))
+    stranger.listen()
+    (tmp_path / "j/consumers/y.sock").write_bytes(b"no socket")
+    support.append(writer, 500)
+    support.sync(writer)
+    assert support.read_all(tmp_path / "j").seq == 1
+    stranger.close()
+    writer.close()
 
 
 def test_what_the_page_cache_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,31 @@ def test_full_disk_refuses_and_goes_on(small_disk: Path) -> None:
     writer.close()
 
 
+def test_start_on_a_full_disk_recycles_what_everybody_has_read(small_disk: Path) -> None:
+    """Promise 10: nobody frees segments while there is no writer, so a start must, or it never finds the space."""
+    folder = small_disk / "j"
+    writer = support.open_writer(folder, 1)
+    consumers.register(str(folder), "replayer")
+    for _ in range(30):
+        last = support.append(writer, 9_000)
+    support.sync(writer)
+    writer.close()
+    for path in folder.glob("spare-*"):
+        path.unlink()
+    consumers.acknowledge(str(folder), "replayer", last)
+    with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+        while f.write(bytes(4096)):
+            pass
+    (folder / "durable").unlink()  # as a power cut may leave it
+    (small_disk / "filler").open("r+b").truncate((small_disk / "filler").stat().st_size - 8192)
+    again = support.open_writer(folder, 2, known_durable_seq=last)
+    assert again.last_seq == last
+    support.append(again, 9_000)
+    support.sync(again)
+    assert support.read_all(folder, last).seq == last + 1
+    again.close()
+
+
 def test_append_torn_by_a_full_disk_leaves_no_junk(small_disk: Path) -> None:
     """The segment's own blocks are missing (punched out, as a file system without fallocate has it): the write fails in
     the middle, and the next, smaller one goes to the same place."""
