@@ -143,8 +143,7 @@ class Commands:
         if name == self._collector.checkpoint_consumer:
             raise RefusedError(f"{name} stands for the primaries themselves.", code="unsupported")
         consumers.remove(f"{group.folder}/journal", name)
-        if not group.journal_dead:
-            group.journal.release()
+        group.release()
         done({"group": group.name, "name": name}, None)
 
     def _do_trust(self, arguments: Arguments, done: Done) -> None:

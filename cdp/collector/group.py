@@ -19,7 +19,7 @@ from cdp.collector.refused import RefusedWrites
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
 from cdp.collector.volume import Reason, Volume
-from cdp.errors import CdpError, JournalFullError, StorageError
+from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch, consumers
 from cdp.journal.writer import JournalWriter
 
@@ -131,9 +131,21 @@ class Group:
     def publish(self) -> None:
         """Lets readers see what is durable and answered."""
         seq = min(self.answered_seq, self.journal.durable_seq)
-        if seq > self._published and not self.journal_dead:
+        if seq <= self._published or self.journal_dead:
+            return
+        try:
             self.journal.publish(seq)
             self._published = seq
+        except OSError as e:  # readers wait for the next batch; production does not (promise 10)
+            log.error("group %s: readers cannot be told of seq %d: %s", self.name, seq, e)
+
+    def release(self) -> None:
+        """Frees the journal that nobody needs; what keeps it from that is logged, and tried again later."""
+        try:
+            if not self.journal_dead:
+                self.journal.release()
+        except (OSError, StorageError) as e:
+            log.error("group %s: its journal cannot be freed: %s", self.name, e)
 
     # --- states
 
@@ -233,7 +245,7 @@ class Group:
 
     def _try_again(self) -> None:
         self.flusher.want_checkpoint()
-        self.journal.release()
+        self.release()
         first, heartbeat = self.first_records, (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
         if self.try_append(first or [heartbeat]):
             self.first_records = []
@@ -294,8 +306,7 @@ class Group:
                 log.error("group %s: the journal cannot be told of the checkpoint: %s", self.name, error)
                 return
             self.checkpoint_seq = seq
-            if not self.journal_dead:
-                self.journal.release()
+            self.release()
 
         def named(error: BaseException | None) -> None:
             if error is not None:
@@ -310,6 +321,11 @@ class Group:
             "version": VERSION, "seq": seq, "clean": clean, "boot_id": boot_id(), "wall_ns": storage.wall_ns(),
             "primaries": {v.name: v.primary.identity() for v in self.volumes},
         }  # fmt: skip
+
+    def _consumers(self) -> dict[str, int]:
+        with contextlib.suppress(OSError, StorageError):  # `release` logs what is wrong with them
+            return consumers.positions(f"{self.folder}/journal")
+        return {}
 
     def figures(self) -> dict[str, Any]:
         """See Control in ARCHITECTURE.md."""
@@ -327,11 +343,6 @@ class Group:
                 "bytes": journal.bytes,
             },
             "last_time_ns": journal.order_ns,
-            "consumers": consumers.positions(f"{self.folder}/journal"),
+            "consumers": self._consumers(),
             "volumes": {v.name: v.figures() for v in self.volumes},
         }
-
-
-def reason_of(error: CdpError) -> Reason:
-    """An error as a state's reason."""
-    return {"code": error.code, "text": str(error)}

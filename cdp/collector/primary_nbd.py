@@ -190,7 +190,6 @@ class NbdPrimary:
         self, turn: list[Operation], results: list[tuple[bytearray | None, OSError | None]] | None,
         error: BaseException | None,
     ) -> None:  # fmt: skip
-        self._busy = False
         if results is None:
             raise error or StorageError("the upstream's thread failed")
         left = turn[len(results) :]
@@ -202,6 +201,7 @@ class NbdPrimary:
             others = []
         for operation, (data, refused) in zip(turn, results, strict=False):
             operation.done(data, refused)
+        self._busy = False  # not before: what an answer asks for must not go to a connection that is lost
         if left:
             self._lost(others)
         self._go()

@@ -59,8 +59,11 @@ class Resyncs:
 
     def go_on(self, volume: Volume, from_seq: int) -> None:
         """Queues the pass of a volume whose gap is in the journal."""
-        volume.progress = Progress(0, volume.size)
-        self._queue.append((volume, from_seq))
+        volume.progress = volume.progress or Progress(0, volume.size)
+        due = [seq for other, seq in self._queue if other is volume]
+        if due:  # one pass behind the one that runs is enough, whatever was asked for how often
+            self._queue.remove((volume, due[0]))
+        self._queue.append((volume, min([from_seq, *due])))
         self._run_next()
 
     def cancel(self) -> None:

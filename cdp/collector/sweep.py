@@ -94,6 +94,8 @@ class Sweep:
             return
         if content is None:
             return self._fail(error)
+        if self._group.refusals.first_seq is not None:  # the journal does not say yet what the primary holds
+            return self._later(RETRY_SECONDS)
         if not self._data(self._at, content):
             return self._later(RETRY_SECONDS)
         self._moved(len(content))

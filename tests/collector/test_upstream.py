@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cdp import storage
+from cdp.collector import primary_nbd
 from cdp.journal import batch
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
 
@@ -115,3 +118,41 @@ def test_refused_by_the_upstream(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def test_lost_right_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn that ends with a refused write and a lost connection: one reconnect, and the tail before anything else."""
+    calls: list[str] = []
+
+    class Peer:
+        size, read_only, flags = MIB, False, 0
+
+        def write(self, offset: int, data: bytes) -> None:
+            if offset == 0:
+                raise OSError(28, "No space left on device")
+            raise ConnectionResetError(104, "gone")
+
+        def close(self) -> None:
+            calls.append("closed")
+
+    monkeypatch.setattr(primary_nbd.Client, "connect", lambda *a, **k: Peer())
+    monkeypatch.setattr(primary_nbd, "_RECONNECT_SECONDS", 0.0)
+    primary = primary_nbd.NbdPrimary("nbd+unix:///x?socket=/y", MIB)
+    primary.on_lost = lambda error: calls.append("lost")
+    primary.on_back = lambda: calls.append("back")
+
+    def read_back(_: object, error: BaseException | None) -> None:
+        primary.read_later(0, 4096, lambda data, failed: calls.append("read failed" if failed else "read"))
+
+    primary._busy = True
+    primary.write_later(0, 4096, bytes(4096), False, read_back)
+    primary.write_later(4096, 4096, bytes(4096), False, lambda *_: calls.append("written"))
+    primary._busy = False
+    primary._go()
+    end = time.monotonic() + 5
+    while calls.count("back") < 2 and time.monotonic() < end:
+        if not storage.wait_readable([primary.worker.fileno()], 0.5):
+            break
+        primary.worker.drain()
+    assert calls == ["lost", "read failed", "back"]
+    primary.close()

@@ -1,0 +1,35 @@
+"""Commands and connections that come faster than they are dealt with: bounded, and no harm to production."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cdp.journal import batch
+from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
+
+
+def test_a_flood_of_resyncs_is_one_pass_more(tmp_path: Path) -> None:
+    """Promise 9: however often it is asked for, at most one pass of a volume waits behind the one that runs."""
+    path = tmp_path / "db.raw"
+    path.write_bytes(b"x" * 8 * MIB)
+    with Runner(tmp_path, [("db", f"file:{path}", 8 * MIB)]) as runner:
+        for _ in range(20):
+            runner.command("resync", volume="db")
+        assert qemu_io(runner, "write -P 1 1M 64k", "flush").returncode == 0
+        runner.wait_for("resynced", lambda f: f["state"] == "protected")
+    journal = Journal(runner.journal, {0: 8 * MIB})
+    assert bytes(journal.images[0]) == path.read_bytes()
+    assert sum(r.length for r in journal.of(batch.SYNC)) <= 4 * 8 * MIB
+    assert [to for _, to in journal.gaps()].count(None) == 0
+
+
+def test_failed_sync_of_the_journal_under_load(tmp_path: Path) -> None:
+    """Promise 3: many clients write while a sync of the journal fails; none of them sees an error."""
+    fail = tmp_path / "fail"
+    slow = {"suffix": "/segment-00000000000000000001", "seconds": 0.02, "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], slow_sync=slow) as runner:
+        fail.touch()
+        done = fio(runner, "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=8m", "--io_size=16m", "--norandommap")
+        assert done["error"] == 0
+        assert runner.figures()["state"] == "protected"
+    assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
