@@ -246,10 +246,10 @@ class Connection:
         if self._pieces:
             parts += self._pieces
             self._pieces = []
-        large, self._large = self._large, None
-        if large is not None:
-            _, head, buffer, view = large
+        if self._large is not None:
+            _, head, buffer, view = self._large
             self.outbox.send((*parts, head))
+            self._large = None  # until here it is given back with the connection
             self.outbox.push_buffer(view, buffer)
             self.outbox.drain()
         elif parts or self._slots.at:

@@ -54,15 +54,21 @@ class Outbox:
         self.backlog_bytes = 0
 
     def send(self, parts: Sequence[bytes | memoryview], slots: SendBuffer | None = None) -> None:
-        """Sends what the socket takes, keeps the rest. `slots` are sent last. Raises OSError: the socket is dead."""
-        if self._backlog:
-            sent = 0
-        elif slots is None or not slots.at:
-            sent = self._try(parts)
-        elif parts:
-            sent = self._try((*parts, slots.view[: slots.at]))
-        else:
-            sent = self._try((slots.view[: slots.at],))
+        """Sends what the socket takes, keeps the rest. `slots` are sent last, and empty whatever happens: all
+        connections share them. Raises OSError: the socket is dead."""
+        try:
+            if self._backlog:
+                sent = 0
+            elif slots is None or not slots.at:
+                sent = self._try(parts)
+            elif parts:
+                sent = self._try((*parts, slots.view[: slots.at]))
+            else:
+                sent = self._try((slots.view[: slots.at],))
+        except OSError:
+            if slots is not None:
+                slots.at = 0
+            raise
         for part in parts:
             if sent < len(part):
                 self._keep(memoryview(part)[sent:])

@@ -220,6 +220,25 @@ def test_a_client_that_never_reads_is_bounded(server: Server) -> None:
     until(lambda: server.loop.budget.used_bytes == 0, "everything was given back")
 
 
+@pytest.mark.parametrize("length", [4096, 1 << 20, 16 << 20])
+def test_what_a_client_that_left_had_asked_for_reaches_nobody_else(server: Server, length: int) -> None:
+    """Promise 9 too: a reply that could not be sent leaves nothing in what the connections share."""
+    with opened(server) as idle, opened(server) as writer:
+        writer.sendall(request(wire.WRITE, 0, 4096, data=b"secret!!" * 512))
+        exactly(writer, 16)
+        for _ in range(5):
+            rude = opened(server)
+            rude.sendall(request(wire.READ, 0, length))
+            rude.close()
+            with opened(server, structured=False) as good:
+                good.sendall(request(wire.READ, 8192, 512, 7))
+                assert exactly(good, 16) == wire.SIMPLE.pack(wire.SIMPLE_MAGIC, 0, (7).to_bytes(8, "big"))
+                assert exactly(good, 512) == bytes(512)
+        idle.sendall(request(wire.FLUSH, 0, 0, 9))
+        assert exactly(idle, 16) == wire.SIMPLE.pack(wire.SIMPLE_MAGIC, 0, (9).to_bytes(8, "big"))
+    until(lambda: server.loop.budget.used_bytes == 0, "everything was given back")
+
+
 def test_budget_makes_large_payloads_wait_and_small_ones_pass(tmp_path: Path, image: str) -> None:
     """Promise 9."""
     limits = Limits(budget_bytes=8 << 20)
