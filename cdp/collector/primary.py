@@ -205,10 +205,12 @@ class FilePrimary(InlinePrimary):
             return offset if whence == storage.SEEK_DATA else end  # cannot tell: all of it may be data
 
     def identity(self) -> dict[str, int | str]:
-        """What tells that this is the primary that was left; `mtime_ns` only where a file system keeps one."""
+        """What tells that this is the primary that was left; `mtime_ns` only where a file system keeps one, for a
+        device `written_sectors`, which the kernel counts from its own start on."""
         s = storage.fstat(self.fd)
         if self.is_device:
-            return {"kind": "device", "device": s.st_rdev, "size": storage.device_bytes(self.fd)}
+            size, written = storage.device_bytes(self.fd), _written_sectors(s.st_rdev)
+            return {"kind": "device", "device": s.st_rdev, "size": size, "written_sectors": written}
         return {"kind": "file", "dev": s.st_dev, "ino": s.st_ino, "size": s.st_size, "mtime_ns": s.st_mtime_ns}
 
     def close(self) -> None:
@@ -218,6 +220,14 @@ class FilePrimary(InlinePrimary):
 def _punch_and_allocate(fd: int, offset: int, length: int) -> None:
     storage.punch_hole(fd, offset, length)
     storage.posix_fallocate(fd, offset, length)
+
+
+def _written_sectors(device: int) -> int:
+    """-1 where the kernel does not tell."""
+    try:
+        return int(storage.read_file(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").split()[6])
+    except (OSError, ValueError, IndexError):
+        return -1
 
 
 def _device_zeroes(device: int) -> bool:

@@ -105,9 +105,9 @@ def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | N
             "A volume's size may grow, never shrink: set `size` to what it had.",
         )
     primary = open_primary(spec, known["size"] if known else None)
-    if known is not None and checkpoint is not None and spec.name not in checkpoint["primaries"] and primary.readable:
-        text = f"{spec.name} was not configured at the last start, so nobody watched its primary; it is compared."
-        known["sync"] = known.get("sync") or {"code": "returned", "text": text}
+    if known is not None and primary.readable:
+        reason = _unwatched(spec, known["size"], checkpoint)
+        known["sync"] = reason or known.get("sync")  # an initial sync would pass over holes
     if known is None:
         if state["next_id"] >= MAX_VOLUME_IDS:
             raise ConfigError(f"Too many volumes were ever in the group of {spec.name}.", "Make a new group.")
@@ -121,6 +121,16 @@ def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | N
     volume.sync, volume.lock, volume.rollback = known.get("sync"), known.get("lock"), known.get("rollback")
     _set_doubt(volume, known.get("doubt"))
     return volume
+
+
+def _unwatched(spec: VolumeSpec, known_bytes: int, checkpoint: Checkpoint | None) -> Reason | None:
+    """Why a volume must be compared although nothing is wrong with its primary."""
+    if spec.size_bytes > known_bytes:
+        return {"code": "grown", "text": f"{spec.name} was made larger; it is compared."}
+    if checkpoint is not None and spec.name not in checkpoint["primaries"]:
+        text = f"{spec.name} was not configured at the last start, so nobody watched its primary; it is compared."
+        return {"code": "returned", "text": text}
+    return None
 
 
 def _set_doubt(volume: Volume, doubt: Reason | None) -> None:
@@ -190,17 +200,26 @@ def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, writ
     advice = f"Say which side is right: `cdp trust {volume.name} primary` or `cdp trust {volume.name} journal`."
     grown = left.get("size") != there.get("size") and volume.size == there.get("size")
     # Device numbers may change with a start of the machine; the size when the volume was made larger.
-    skipped = {"mtime_ns"} | (set() if same_boot else {"dev"}) | ({"size", "mtime_ns"} if grown else set())
+    skipped = {"mtime_ns", "written_sectors"} | (set() if same_boot else {"dev"}) | ({"size"} if grown else set())
     if {k: v for k, v in left.items() if k not in skipped} != {k: v for k, v in there.items() if k not in skipped}:
         return {"code": "other_primary", "text": f"The primary of {volume.name} is not the one it was. {advice}"}
-    mtime_ns = there.get("mtime_ns")
-    if not isinstance(mtime_ns, int) or grown:
-        return None
-    late = mtime_ns > written_ns + MTIME_TOLERANCE_NS
-    if mtime_ns != left.get("mtime_ns") if checkpoint["clean"] else late:
+    if grown:
+        return None  # it is compared
+    if _changed(left, there, checkpoint["clean"], same_boot, written_ns):
         text = f"The primary of {volume.name} was written while the collector was away. {advice}"
         return {"code": "primary_changed", "text": text}
     return None
+
+
+def _changed(
+    left: dict[str, object], there: dict[str, int | str], clean: bool, same_boot: bool, written_ns: int
+) -> bool:
+    """Whether somebody else wrote the primary, as far as that can be seen."""
+    mtime_ns = there.get("mtime_ns")
+    if isinstance(mtime_ns, int):
+        return mtime_ns != left.get("mtime_ns") if clean else mtime_ns > written_ns + MTIME_TOLERANCE_NS
+    sectors = left.get("written_sectors")
+    return clean and same_boot and sectors is not None and sectors != there.get("written_sectors")
 
 
 def _first_records(group: Group) -> list[NewRecord]:
