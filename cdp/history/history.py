@@ -197,7 +197,8 @@ class History:
         pending.synced = True
 
     def publish(self, pending: Pending) -> None:
-        """Index and timeline know it: from here the replica may change. In the order of `append`."""
+        """Index and timeline know it: from here the replica may change. In the order of `append`. After an OSError (no
+        space) it may be tried again."""
         if not pending.synced:
             raise StorageError("A bundle was published before it was synced.")
         self.log.synced_seq = max(self.log.synced_seq, pending.whole_seq)
@@ -211,7 +212,11 @@ class History:
         puts = puts_of(bundle)
         puts += self._rows.puts_of(bundle)
         puts.append(position_put(Position(bundle.ordinal, bundle.end, max(self.log.synced_seq, whole_seq(bundle)))))
-        self.entries.write(puts)
+        try:
+            self.entries.write(puts)
+        except OSError:
+            self._rows.reload()  # what it remembers of this bundle is not in the map: another attempt makes it again
+            raise
 
     # --- retention
 

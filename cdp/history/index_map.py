@@ -6,7 +6,10 @@ order and each batch whole: the map carries its own position, and what it lost i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import errno
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from rocksdict import (
@@ -18,6 +21,8 @@ from rocksdict import (
     WriteBatch,
     WriteOptions,
 )
+
+log = logging.getLogger(__name__)
 
 # The memory that index and timeline may take: one memtable being written, one being flushed, and the cache for
 # blocks, filters and indexes of the files.
@@ -49,10 +54,10 @@ class SortedMap(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
     def cursor(self) -> Cursor: ...
     def write(self, puts: Iterable[tuple[bytes, bytes]], deletes: Iterable[bytes] = ()) -> None:
-        """Deletes, then puts, all or none of them after a crash."""
+        """Deletes, then puts, all or none of them after a crash. Raises OSError (no space: nothing was written)."""
 
     def flush(self) -> None:
-        """What was written is durable."""
+        """What was written is durable. Raises OSError."""
 
     def bytes(self) -> int:
         """Space on disk."""
@@ -102,10 +107,12 @@ class RocksMap:
             delete(key)
         for key, value in puts:
             put(key, value)
-        self._map.write(batch, self._write_options)
+        with _no_space_is_oserror():
+            self._map.write(batch, self._write_options)
 
     def flush(self) -> None:
-        self._map.flush(True)
+        with _no_space_is_oserror():
+            self._map.flush(True)
 
     def bytes(self) -> int:
         return self._map.property_int_value("rocksdb.total-sst-files-size") or 0
@@ -113,5 +120,19 @@ class RocksMap:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._map.flush(True)
+            try:
+                self.flush()
+            except OSError as e:
+                log.warning("What the index did not write down is made again from the undo log: %s", e)
             self._map.close()
+
+
+@contextlib.contextmanager
+def _no_space_is_oserror() -> Iterator[None]:
+    """RocksDB says everything by one class; a full disk can be waited for. It goes on by itself once there is room."""
+    try:
+        yield
+    except Exception as e:
+        if "No space left on device" in str(e):
+            raise OSError(errno.ENOSPC, str(e)) from e
+        raise

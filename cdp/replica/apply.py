@@ -274,7 +274,7 @@ class ApplyThread:
         # An unfinished rollback needs its target although the pins of its process may have ended.
         targets = self.history.timeline.unfinished_targets()
         pins = [*self._pins.seqs(), *targets, self.committer.position.seq]
-        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
+        kept = self._insist(self.history.retain, s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
         self.window_short = kept.short
         if kept.dropped:
             with self.condition:

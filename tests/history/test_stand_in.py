@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +13,7 @@ from sortedcontainers import SortedDict
 
 from cdp.errors import StorageError
 from cdp.history.history import History
+from cdp.journal import batch as journal
 from tests.history.support import BLOCK, Group, bookmark, resize, write
 
 
@@ -74,6 +77,17 @@ class MemoryCursor:
         self._at -= 1
 
 
+class FullMap(MemoryMap):
+    """Refuses writes while `full`."""
+
+    full = False
+
+    def write(self, puts: Iterable[tuple[bytes, bytes]], deletes: Iterable[bytes] = ()) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(puts, deletes)
+
+
 class Standing(Group):
     """A group whose index is in memory."""
 
@@ -131,4 +145,34 @@ def test_a_reset_history_begins_behind_the_journal_so_far(tmp_path: Path) -> Non
     group.history = group.open()
     group.history.cut(70)
     assert (group.history.oldest_seq, group.history.applied_seq) == (70, 70)
+    group.close()
+
+
+def test_a_bundle_that_found_no_room_in_the_index_is_published_whole_later(tmp_path: Path) -> None:
+    """Promise 8: a size, the end of a gap and the end of a rollback are not forgotten with the write that failed."""
+    group = Group(tmp_path, 8)
+    group.history.close()
+    entries = FullMap()
+    group.history = History(str(tmp_path / "history"), segment_bytes=1 << 20, entries=entries)
+    group.history.cut(0)
+    about, volumes = b'{"code": "resync", "text": ""}', {"volumes": [0], "target_seq": 1, "bookmark": "b"}
+    for end in (False, True):
+        said = {"begin": 3, "volumes": [0]} if end else volumes
+        pieces = [
+            resize(8 * BLOCK, "db") if end else write(0, bytes(BLOCK)),
+            (journal.GAP, 0 if end else journal.OPEN, 0, 0, 0, about),
+            (journal.ROLLBACK_END if end else journal.ROLLBACK_BEGIN, 0, 0, 0, 0, json.dumps(said).encode()),
+        ]
+        batch = group.stream.batch(pieces)
+        pending = group.history.append([batch], group.plan(batch), False)
+        group.history.sync(pending)
+        entries.full = True
+        with pytest.raises(OSError, match="No space"):
+            group.history.publish(pending)
+        entries.full = False
+        group.history.publish(pending)
+        group.apply([batch])
+    timeline = group.history.timeline
+    assert timeline.size_at(0, 6) == 8 * BLOCK
+    assert [(gap.code, gap.from_seq, gap.to_seq) for gap in timeline.gaps(0)] == [("resync", 2, 5), ("rollback", 4, 6)]
     group.close()
