@@ -10,6 +10,7 @@ The undo log is the truth; index and timeline are derived and carry their own po
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "History", "Pending", "Retained"]
 
+log = logging.getLogger(__name__)
 Raw = bytes  # the name is a property here
 
 
@@ -247,7 +249,11 @@ class History:
             self.entries.flush()
             self._flushed_ordinal = newest.ordinal
         for ordinal in ordinals:
-            codes, seqs = self.log.columns(self.log.segments[ordinal])
+            try:
+                codes, seqs = self.log.columns(self.log.segments[ordinal])
+            except StorageError as e:  # damaged; no look-up asks for what is at or before the oldest point
+                log.warning("Entries of a dropped part of the history stay in the index: %s", e)
+                continue
             self.entries.write((), keys_of(codes, seqs))
         self.log.drop(ordinals)
 

@@ -162,6 +162,18 @@ def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
     group.close()
 
 
+def test_damage_in_what_leaves_the_window_does_not_keep_it_there(tmp_path: Path) -> None:
+    """Promise 9: a history that cannot drop its oldest part would stop replay and grow."""
+    group = filled(tmp_path, 1 << 16)
+    first = segments(group)[0]
+    first.write_bytes(first.read_bytes()[:PAGE_BYTES] + os.urandom(first.stat().st_size - PAGE_BYTES))
+    kept = group.history.retain(None, 0, [], 0)
+    assert kept.dropped and group.history.oldest_seq == kept.oldest_seq > 0
+    group.bundle([write(0, os.urandom(BLOCK))])
+    assert all(group.read(seq) == v for seq, v in group.versions.items() if seq >= kept.oldest_seq)
+    group.close()
+
+
 def test_a_failed_sync_ends_the_log(tmp_path: Path) -> None:
     """Promise 3: after a sync that failed nothing more is taken, and nothing of it was published."""
     group = filled(tmp_path)
