@@ -246,6 +246,8 @@ class Group:
     def _try_again(self) -> None:
         self.flusher.want_checkpoint()
         self.release()
+        if self.reason and self.reason["code"] == "journal_full" and not self.journal.has_room:
+            return  # a heartbeat would fit, and the next write stop the group again
         first, heartbeat = self.first_records, (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
         if self.try_append(first or [heartbeat]):
             self.first_records = []

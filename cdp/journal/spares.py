@@ -55,6 +55,12 @@ class Spares:
         self._collect()
         return (len(self._ready) + len(self._idle) + self._in_job) * self._segment_bytes
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next roll has its file already."""
+        self._collect()
+        return bool(self._ready)
+
     def give(self, path: str) -> None:
         """A segment that nobody needs any more: its name goes at once (durably before it is written again)."""
         spare = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
@@ -97,8 +103,13 @@ class Spares:
                 f"A batch of {size} bytes does not fit into a journal of at most {self._max_bytes}.",
                 "Raise journal.max_size.",
             )
-        if live_bytes + self.bytes + size > self._max_bytes:
-            raise self.full()
+        while live_bytes + self.bytes + size > self._max_bytes:  # files kept for later must not keep it out
+            if self._idle:
+                storage.unlink(self._idle.popleft())
+            elif self._ready:
+                self.drop(self._ready.popleft())
+            else:
+                raise self.full()
         return self._make(None, size)
 
     def job(self, live_bytes: int) -> Callable[[], None] | None:

@@ -123,6 +123,11 @@ class JournalWriter:
         """Space of the segments and of the files kept to be recycled."""
         return self._ended_bytes() + self._current_bytes + self._spares.bytes
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more than the rest of a segment can be appended: the next segment is there, or half of this one."""
+        return self._spares.ready or self.segment_bytes - self._current.end >= self.segment_bytes // 2
+
     def _ended_bytes(self) -> int:
         return sum(s.bytes for s in self._segments)
 

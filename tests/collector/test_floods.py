@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cdp import storage
 from cdp.journal import batch
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
 
@@ -21,6 +22,26 @@ def test_a_flood_of_resyncs_is_one_pass_more(tmp_path: Path) -> None:
     assert bytes(journal.images[0]) == path.read_bytes()
     assert sum(r.length for r in journal.of(batch.SYNC)) <= 4 * 8 * MIB
     assert [to for _, to in journal.gaps()].count(None) == 0
+
+
+def test_a_full_journal_does_not_flap(tmp_path: Path) -> None:
+    """Promise 10: a group whose journal is full stays stopped until there is room for what production writes, not
+    only for a heartbeat at the end of the last segment."""
+    volumes = [("db", f"file:{tmp_path}/db.raw", 64 * MIB)]
+    with Runner(tmp_path, volumes, segment_bytes=MIB, max_bytes=4 * MIB) as runner:
+        fill = [f"write -P {i} {i}M 100k" for i in range(20)]
+        end = storage.monotonic_ns() + 5_000_000_000
+        refused_ns = went_on = 0
+        while storage.monotonic_ns() < end:
+            stopped = runner.figures()["state"] == "stopped"
+            went_on += bool(refused_ns) and not stopped
+            if not stopped and "No space left" in qemu_io(runner, *fill).stdout:
+                refused_ns = storage.monotonic_ns()
+            storage.wait_readable([], 0.05)
+        assert refused_ns and went_on <= 2  # spares that were being made when it was refused
+        runner.command("consumer_remove", group="shop", name="replayer")
+        runner.wait_for("space", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "write -P 9 40M 1M", "flush").returncode == 0
 
 
 def test_failed_sync_of_the_journal_under_load(tmp_path: Path) -> None:
