@@ -21,6 +21,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from cdp import aio
 from cdp.errors import RefusedError, StorageError
 
 PAGE_BYTES = 4096
@@ -211,6 +212,9 @@ class Worker:
         self._finished: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._signalled = False  # a drain is due that has not begun to take what is finished
+        self._kernel: aio.SyncQueue | None = None  # from the first sync on
+        self._kernel_done: dict[int, Done] = {}
+        self._kernel_number = 0
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(threads)
         ]
@@ -223,6 +227,19 @@ class Worker:
     def submit(self, done: Done, call: Callable[..., Any], *args: Any) -> None:
         """Runs `call(*args)` on a thread; then `done` inside a later `drain`."""
         self._calls.put((done, call, args))
+
+    def sync(self, done: Done, fd: int) -> None:
+        """The same for `fdatasync(fd)`: by the kernel's threads where it has them, else by one of these.
+
+        What stands in for `fdatasync` at this door is what is called.
+        """
+        number = self._kernel_number = self._kernel_number + 1
+        if number == 1:
+            self._kernel = aio.open_queue(self._event)
+        if fdatasync is os.fdatasync and self._kernel is not None and self._kernel.submit(number, fd):
+            self._kernel_done[number] = done
+        else:
+            self.submit(done, fdatasync, fd)
 
     def _run(self) -> None:
         while (job := self._calls.get()) is not None:
@@ -242,6 +259,8 @@ class Worker:
         except BlockingIOError:
             pass
         self._signalled = False  # before the first is taken: what is finished from here on signals anew
+        if self._kernel is not None and self._kernel.under_way:
+            self._finished.extend((self._kernel_done.pop(number), None, e) for number, e in self._kernel.ended())
         finished = self._finished
         while finished:
             done, result, error = finished.popleft()
@@ -253,5 +272,10 @@ class Worker:
             self._calls.put(None)
         for thread in self._threads:
             thread.join()
+        while self._kernel is not None and self._kernel.under_way:
+            wait_readable([self._event], None)
+            self.drain()
         self.drain()
+        if self._kernel is not None:
+            self._kernel.close()
         os.close(self._event)

@@ -102,14 +102,20 @@ class Flusher:
         self._left = 1 + len(volumes)  # one for this function: a round never ends inside its own loop
         if token is not None:
             self._left += 1
-            self._worker.submit(partial(self._journal_synced, round_, token), group.journal.sync, token)
+            done = partial(self._journal_synced, round_, token)
+            if token.only_fd is not None:
+                self._worker.sync(done, token.only_fd)
+            else:
+                self._worker.submit(done, group.journal.sync, token)
         for volume in volumes:
             volume.dirty = False
             done = partial(self._primary_synced, round_, volume)
-            if volume.primary.inline:
-                self._worker.submit(done, volume.primary.sync)
-            else:
+            if not volume.primary.inline:
                 volume.primary.sync_later(done)
+            elif volume.primary.fd >= 0:
+                self._worker.sync(done, volume.primary.fd)
+            else:
+                self._worker.submit(done, volume.primary.sync)
         self._one_less(round_)
 
     def _journal_synced(self, round_: _Round, token: Any, _: object, error: BaseException | None) -> None:

@@ -182,7 +182,7 @@ class Group:
         The journal goes on in a new segment, into which what was lost is written again; True: all of it is durable.
         """
         with contextlib.suppress(OSError):
-            self.journal.end_sync(token)
+            self.journal.end_sync(token, error)
         try:
             self.journal.reopen_after_failure()
         except (OSError, StorageError) as e:

@@ -16,6 +16,11 @@ class SyncToken(NamedTuple):
     fds: tuple[int, ...]
     folder: str | None  # to be synced too: a segment got its name since the last sync
 
+    @property
+    def only_fd(self) -> int | None:
+        """The descriptor whose fdatasync is all there is to do, if it is."""
+        return self.fds[0] if len(self.fds) == 1 and self.folder is None else None
+
 
 class Syncs:
     """Descriptors of ended segments, kept until what is in them is durable and no sync uses them any more."""

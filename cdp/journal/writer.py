@@ -226,10 +226,13 @@ class JournalWriter:
             self._sync_failure = e  # the loop may be appending right now; it hears of it in `end_sync`
             raise
 
-    def end_sync(self, token: SyncToken) -> int:
-        """Back on the loop, also after a `sync` that raised: the highest durable seq. Raises OSError if it failed."""
+    def end_sync(self, token: SyncToken, error: BaseException | None = None) -> int:
+        """Back on the loop, also after a `sync` that raised: the highest durable seq. Raises OSError if it failed.
+
+        Who has synced a token's `only_fd` without `sync` gives its error here.
+        """
         self._syncs.finish(token)
-        self._failure = self._failure or self._sync_failure
+        self._failure = self._failure or self._sync_failure or error
         if self._failure is not None:
             raise self._dead()
         if token.seq > self.durable_seq:

@@ -224,6 +224,7 @@ class Connection:
         for command, _, cookie, _, length, _ in requests:
             if cookie not in answered:
                 self.waiting[cookie] = payload = length if command in (READ, WRITE) else 0
+                self._loop.owed += 1
                 self._wait_for(payload)
 
     def _wait_for(self, payload_bytes: int) -> None:
@@ -235,7 +236,9 @@ class Connection:
         if self.waiting:
             for cookies in (self._ok, self._others):
                 for cookie in cookies:
-                    self._wait_for(-self.waiting.pop(cookie, 0))
+                    if (payload := self.waiting.pop(cookie, None)) is not None:
+                        self._loop.owed -= 1
+                        self._wait_for(-payload)
         parts: list[bytes | memoryview] = []
         if self._ok:
             parts.append(OK8.join((b"", *self._ok)))
@@ -269,6 +272,7 @@ class Connection:
         """The connection is gone: what it holds goes back."""
         self.closed = True
         self.outbox.drop()
+        self._loop.owed -= len(self.waiting)
         self.waiting.clear()
         self._wait_for(-self.waiting_bytes)
         self._pieces.clear()

@@ -31,6 +31,7 @@ class Reactor:
     def __init__(self) -> None:
         self.epoll = select.epoll()
         self.replied = False  # something was served in this round: what comes next may come soon
+        self.owed = 0  # requests that wait for others, mostly threads: a poll would keep the interpreter from them
         self.stopping = False
         self.calls: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, float, Callable[[], None]]] = []
@@ -78,7 +79,7 @@ class Reactor:
             return events
         clock = time.perf_counter
         begin = clock()
-        if self.replied and self._credit > 0:
+        if self.replied and self._credit > 0 and not self.owed:
             end = begin + _POLL_SECONDS
             while clock() < end:
                 if events := poll(0, _EVENTS_AT_ONCE):
@@ -86,7 +87,7 @@ class Reactor:
                     return events
             self._credit = max(self._credit - _VAIN_POLL_COST, 0)
         events = poll(max(self._timers[0][0] - time.monotonic(), 0.0), _EVENTS_AT_ONCE)
-        if self.replied and clock() - begin < _POLL_SECONDS:
+        if self.replied and not self.owed and clock() - begin < _POLL_SECONDS:
             self._credit = min(self._credit + 1, _MAX_CREDIT)
         return events
 
