@@ -12,7 +12,6 @@ from cdp.recovery.times import iso_utc
 # From best to worst. What the replayer cannot go on from outweighs what the collector is healing.
 STATES = ("protected", "syncing", "resyncing", "rolling_back", "tracking", "forked", "stopped")
 Figures = dict[str, Any]
-_UNREACHABLE = {"code": "unreachable", "text": "a process of the appliance cannot be reached"}
 
 
 def status(
@@ -25,9 +24,9 @@ def status(
     """
     ours, theirs = _figures(collector), _figures(replayer)
     described = [_group(g, ours, _of(ours, g["name"]), _of(theirs, g["name"])) for g in groups]
-    healthy = ours is not None and theirs is not None and all(group.pop("_healthy") for group in described)
+    fine = [group.pop("_healthy") for group in described]  # of every group: none may keep the key
     return {
-        "healthy": healthy,
+        "healthy": all(fine),
         "groups": described,
         "processes": {
             "collector": collector["pid"] if collector else None,
@@ -53,7 +52,7 @@ def point(found: dict[str, Any] | None) -> dict[str, Any]:
 
 def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | None, r: Figures | None) -> Figures:
     volumes = [_volume(v, c, r) for v in configured["volumes"]]
-    state, reason = _worst([(c or {}), (r or {}), *volumes])
+    state, reason = _state(c, [(c or {}), (r or {}), *volumes])
     journal = (c or {}).get("journal") or {}
     lag = _lag(all_ours, c, r)
     described = {
@@ -67,14 +66,16 @@ def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | No
             "newest": point((r or {}).get("newest")),
             "configured_seconds": _seconds(configured["window_ns"]),
             "short": (r or {}).get("window_short"),
-            "gaps": [gap(g) for g in (r or {}).get("gaps") or []],
+            "gaps": None if r is None else [gap(g) for g in r.get("gaps") or []],
         },
         "history": {"bytes": (r or {}).get("history_bytes")},
         "volumes": volumes,
         "consumers": (c or {}).get("consumers"),
     }
-    if c is None or r is None:
-        reason = reason or _UNREACHABLE
+    away = [role for role, figures in (("collector", c), ("replayer", r)) if figures is None]
+    if away:
+        text = f"the {' and the '.join(away)} cannot be reached: what only it knows is unknown"
+        reason = reason or {"code": "unreachable", "text": text}
     if reason:
         described["reason"] = reason
     in_time = lag["lag_seconds"] is not None and lag["lag_seconds"] <= configured["max_lag_ns"] / 1e9
@@ -90,7 +91,7 @@ def gap(found: dict[str, Any]) -> dict[str, Any]:
 def _volume(configured: dict[str, Any], c: Figures | None, r: Figures | None) -> Figures:
     ours = ((c or {}).get("volumes") or {}).get(configured["name"]) or {}
     theirs = ((r or {}).get("volumes") or {}).get(configured["name"]) or {}
-    state, reason = _worst([ours, theirs])
+    state, reason = _state(c, [ours, theirs])
     described = {
         "name": configured["name"],
         "size": ours.get("size", configured["size"]),
@@ -103,6 +104,12 @@ def _volume(configured: dict[str, Any], c: Figures | None, r: Figures | None) ->
     if reason:
         described["reason"] = reason
     return described
+
+
+def _state(collector: Figures | None, sides: list[Figures]) -> tuple[str | None, dict[str, Any] | None]:
+    """The worst of these; without the collector nobody knows whether production is served, let alone protected."""
+    state, reason = _worst(sides)
+    return (None, None) if collector is None and state == STATES[0] else (state, reason)
 
 
 def _worst(sides: list[Figures]) -> tuple[str | None, dict[str, Any] | None]:

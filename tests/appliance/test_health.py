@@ -81,6 +81,16 @@ def test_what_cannot_be_reached_is_null() -> None:
         assert group["reason"]["code"] == "unreachable"
         missing = group["journal"] if replayer else group["window"]["oldest"]
         assert set(missing.values()) == {None}
+        assert set(group) == {*health.status(GROUPS, COLLECTOR, REPLAYER)["groups"][0], "reason"}
+
+
+def test_nobody_calls_protected_what_only_the_collector_knows() -> None:
+    group = health.status(GROUPS, None, REPLAYER)["groups"][0]
+    assert group["state"] is None and group["volumes"][0]["state"] is None and "collector" in group["reason"]["text"]
+    forked = health.status(GROUPS, None, figures(REPLAYER, state="forked", reason={"code": "forked", "text": "why"}))
+    assert (forked["groups"][0]["state"], forked["groups"][0]["reason"]["code"]) == ("forked", "forked")
+    alone = health.status(GROUPS, COLLECTOR, None)["groups"][0]
+    assert alone["state"] == "protected" and alone["window"]["gaps"] is None and "replayer" in alone["reason"]["text"]
 
 
 def test_a_short_window_is_not_healthy() -> None:
