@@ -118,12 +118,14 @@ class Commands:
         history, volume = self._history(arguments["name"])
         timeline = history.timeline
         number = timeline.volumes().get(volume) if volume else None
+        gaps = timeline.gaps(number)
+        barriers = [p for p in timeline.barriers(number, int(arguments["limit"])) if not _withheld(p.seq, gaps)]
         return {
             "oldest": plain(timeline.oldest()),
             "newest": plain(timeline.newest()),
             "bookmarks": [{"name": name, **(plain(p) or {})} for name, p in timeline.bookmarks()],
-            "barriers": [plain(p) for p in timeline.barriers(number, int(arguments["limit"]))],
-            "gaps": [gap(timeline, g) for g in timeline.gaps(number)],
+            "barriers": [plain(p) for p in barriers],
+            "gaps": [gap(timeline, g) for g in gaps],
         }
 
     def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +197,10 @@ class Commands:
 
         seconds = min(float(arguments["timeout_seconds"]), MAX_WAIT_SECONDS)
         self._worker.submit(answer, replayer.wait_applied, int(arguments["seq"]), seconds)
+
+
+def _withheld(seq: int, gaps: list[Gap]) -> bool:
+    return any(g.from_seq <= seq and (g.to_seq is None or seq < g.to_seq) for g in gaps)
 
 
 def plain(point: Point | None) -> dict[str, Any] | None:

@@ -188,7 +188,9 @@ class Timeline:
         """What is withheld of a volume (None: of any), rollbacks too, by from_seq; the newest MAX_LISTED."""
         found = [gap for gap in self._gap_rows() if volume is None or gap.volume == volume]
         for rollback in self.rollbacks():
-            text = f"a rollback to {rollback.bookmark or 'an earlier point'} was being copied"
+            target = f"to seq {rollback.target_seq}" if rollback.target_seq else "to an earlier point"
+            before = f"; {rollback.bookmark} is the state before it" if rollback.bookmark else ""
+            text = f"a rollback {target} was being copied{before}"
             for of in rollback.volumes:
                 if (volume is None or of == volume) and (rollback.end is None or rollback.end > rollback.begin + 1):
                     found.append(Gap(of, rollback.begin + 1, rollback.end, "rollback", text))

@@ -256,17 +256,18 @@ class _Resolution:
 
     def _nearest_before(self, seq: int) -> tuple[int, int] | None:
         seq = min(seq, self.newest.seq)
-        while seq >= self.oldest.seq:  # each turn leaves a gap or a request behind
+        floor = self._floor()
+        while seq >= floor:  # each turn leaves a gap or a request behind
             seq, start = self.timeline.whole_request(seq), seq
             gap = self._gap_of(seq)
             if gap is not None:
                 seq = gap.from_seq - 1
-            elif seq <= start and seq >= self.oldest.seq:
+            elif seq <= start and seq >= floor:
                 return seq, self.timeline.time_of(seq)
         return None
 
     def _nearest_after(self, seq: int) -> tuple[int, int] | None:
-        seq, pieces = max(seq, self.oldest.seq), 0
+        seq, pieces = max(seq, self._floor()), 0
         while seq <= self.newest.seq and pieces < MAX_PIECES:
             gap = self._gap_of(seq)
             if gap is not None:
@@ -278,6 +279,17 @@ class _Resolution:
             else:
                 return seq, self.timeline.time_of(seq)
         return None
+
+    def _floor(self) -> int:
+        """The first seq inside the window at which the volume exists; beyond the newest if there is none."""
+        low, high = self.oldest.seq, self.newest.seq + 1
+        while self.volume is not None and low < high:  # a volume that exists goes on existing
+            middle = (low + high) // 2
+            if self.timeline.size_at(self.volume, middle) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def _gap_of(self, seq: int) -> GapLike | None:
         for gap in self.gaps:

@@ -121,6 +121,8 @@ def test_rollback_and_forward_again(appliance: Appliance) -> None:
     assert read(appliance, "db", "collector") == read(appliance, "db@good")
     assert done["bookmark"] == f"rollback-{done['begin']['seq']}"
     assert error_of(appliance, 4, "diff", f"db@seq:{done['begin']['seq'] + 1}", "db@now")["code"] == "in_rollback"
+    barriers = [point["seq"] for point in appliance.json("points", "db")["barriers"]]  # the copying flushes too
+    assert barriers and not [seq for seq in barriers if done["begin"]["seq"] < seq < done["end"]["seq"]]
     appliance.cli("rollback", "shop", "--to", done["bookmark"], "--yes")
     assert read(appliance, "db", "collector") == bad
 

@@ -31,6 +31,7 @@ class PlainTimeline:
         self.continued = named.get("continued", ())
         self.steps = named.get("steps", [])
         self.sizes = named.get("sizes", {1: 1 << 20})
+        self.born = named.get("born", {})  # volume → first seq at which it exists
 
     def oldest(self):
         return Point(self.first, self.times_ns[0]) if self.times_ns else None
@@ -67,7 +68,7 @@ class PlainTimeline:
         return seq
 
     def size_at(self, volume, seq):
-        return self.sizes.get(volume)
+        return self.sizes.get(volume) if seq >= self.born.get(volume, 0) else None
 
     def clock_steps(self):
         return self.steps

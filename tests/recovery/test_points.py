@@ -222,6 +222,14 @@ def test_a_volume_before_it_existed():
 # --- zones
 
 
+def test_the_neighbours_of_a_point_before_a_volume_existed_can_be_opened():
+    """Promise 8."""
+    gaps = [Gap(1, 105, 107, "initial_sync", "it held data")]
+    for text in ("seq:102", "seq:104", "seq:106", "seq:1", "barrier:seq:103"):
+        assert near(refusal(text, born={1: 105}, gaps=gaps)) == (None, 107), text
+    assert near(refusal("seq:104", born={1: 999})) == (None, None)
+
+
 def test_a_time_that_daylight_saving_repeats_is_ambiguous():
     """Promise 8: 2026-10-25 02:30 happens twice in Berlin, at 00:30Z and 01:30Z."""
     start = at("2026-10-25T00:00:00Z")
