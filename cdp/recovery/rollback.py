@@ -27,7 +27,8 @@ from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PRO
 PATIENCE_SECONDS = 600.0
 # How long a replayer that answers may take to reach BEGIN: its lag, which nothing bounds but this.
 LAG_SECONDS = 6 * 3600.0
-RETRY_SECONDS = 0.5
+# Between attempts, longer each time nothing new came of one: each may write again what the one before wrote.
+RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 # Bytes after which the copy is flushed and its progress kept: what a resume may have to copy again.
 CHECKPOINT_BYTES = 256 << 20
 # What lies between two changes this near is verified with them: less work than another record.
@@ -81,6 +82,7 @@ class Rollback:
         self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
+        self._furthest = (-1, 0, 0)
         self._may_have_begun = job.step == BEGIN and job.begin is None
         self._steps: dict[str, Callable[[], str]] = {
             LOCK: self._lock_volumes, BEGIN: self._begin, WAIT: self._wait, COPY: self._copy, PROVE: self._prove,
@@ -114,9 +116,10 @@ class Rollback:
                 if isinstance(e, CdpError) and not self._may_pass(e):
                     self._release_if_not_begun(e)
                     raise
-                if storage.monotonic_ns() - self._last_ok_ns > self._patience_ns:
+                waited_ns = storage.monotonic_ns() - self._last_ok_ns
+                if waited_ns > self._patience_ns:
                     raise self._given_up(e) from e
-                self._pause(RETRY_SECONDS)
+                self._pause(min(max(RETRY_SECONDS, waited_ns / 2e9), MAX_RETRY_SECONDS))
         return self.job
 
     def _may_pass(self, error: CdpError) -> bool:
@@ -286,8 +289,10 @@ class Rollback:
         return report
 
     def _report(self, volume: str | None, done_bytes: int) -> None:
-        """Something was done: patience begins anew."""
-        self._last_ok_ns = storage.monotonic_ns()
+        """Patience begins anew with a step, and in it with what no attempt before had reached."""
+        mark = (self.job.volumes.index(volume), self.job.copied_to.get(volume, 0), done_bytes) if volume else (-1, 0, 0)
+        if volume is None or mark > self._furthest:
+            self._furthest, self._last_ok_ns = mark, storage.monotonic_ns()
         total = self.job.bytes.get(volume, 0) if volume else 0
         self._progress(Progress(self.job.step, self.job.direction, volume, done_bytes, total))
 

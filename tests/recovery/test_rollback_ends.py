@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable, Iterator
 from threading import Thread
 
 import pytest
 
-from cdp.errors import RefusedError
+from cdp.errors import RefusedError, UnreachableError
 from cdp.recovery import job as jobs
+from cdp.recovery.copying import Copier
 from cdp.recovery.job import DONE, END, UNLOCK
 from cdp.recovery.rollback import Progress, Rollback
 from tests.recovery.test_rollback import Killed, Scene
@@ -36,6 +39,26 @@ def test_one_that_is_proven_is_ended_by_whoever_comes_too_late_to_undo_it(scene,
         scene.run(jobs.load(scene.job_file), act=act)
     assert "rollback-" in refused.value.hint
     assert jobs.load(scene.job_file).step == DONE
+    assert scene.now("db") == scene.good["db"]
+
+
+def test_copying_the_same_again_and_again_is_no_progress(scene, monkeypatch):
+    """Promise 9: each attempt takes journal and history; one that never gets further must end."""
+    attempts = []
+
+    def copy(self: Copier, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
+        attempts.append(start)
+        for done in range(0, 1 << 20, 1 << 16):
+            on_bytes(done)
+        raise OSError(errno.ENOSPC, "the primary is full")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Copier, "copy", copy)
+        with pytest.raises(UnreachableError, match="is full"):
+            scene.run(patience_seconds=1.5)
+    assert 2 <= len(attempts) <= 5
+    scene.run(jobs.load(scene.job_file))
     assert scene.now("db") == scene.good["db"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -58,10 +59,22 @@ class Writer:
         return feed.flush()
 
 
+def check_points(rig: Rig, step: int) -> None:
+    """Again when a point left the window meanwhile."""
+    while True:
+        oldest = rig.replayer.history.oldest_seq
+        try:
+            rig.check_every_point(step)
+            return
+        except OSError as e:
+            if e.errno != errno.EIO or rig.replayer.history.oldest_seq == oldest:
+                raise
+
+
 def check(rig: Rig, writer: Writer, step: int) -> None:
     """Points, bookmarks and sizes are those of the model, and nothing is unequal."""
     replayer = rig.caught_up()
-    rig.check_every_point(step)
+    check_points(rig, step)
     assert replayer.state == "protected", replayer.reason
     oldest, timeline = replayer.history.oldest_seq, replayer.history.timeline
     for name, seq in writer.names.items():
