@@ -95,6 +95,8 @@ class Supervisor:
                 sys.executable, "-m", self._module, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
                 env=environment() | {FD_VARIABLE: str(theirs.fileno())},
             )  # fmt: skip
+        if self._stopping.is_set():
+            self._process.terminate()  # `stop` came while it was being made, and could not tell it
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         self._write({"settings": self._settings})
         try:

@@ -134,6 +134,14 @@ class Splitter(Export):
             return self._refuse(connection, writes, errno.EIO)
         volume.dirty = group.active = True
         group.dirty_bytes += data_bytes
+        try:
+            self._execute(connection, writes, first_seq, plain)
+        except BaseException:  # out of memory, or a bug: journaled, and nobody knows what the primary took of it
+            self._doubt(writes, first_seq)
+            raise
+
+    def _execute(self, connection: Connection, writes: list[Request], first_seq: int, plain: bool) -> None:
+        """What is in the journal, onto the primary, and the answers."""
         if not plain:
             (self._apply if self._inline else self._enqueue)(connection, writes, first_seq)
             return
@@ -150,6 +158,14 @@ class Splitter(Export):
                 connection.done_many([w[2] for w in writes[:written]])
                 return self._apply(connection, writes[written:], first_seq + written)
         connection.done_many([w[2] for w in writes])
+
+    def _doubt(self, writes: list[Request], seq: int) -> None:
+        """All of these are read back from the primary, as if it had refused them."""
+        for request in writes:
+            if request[0] != wire.FLUSH:
+                self._group.refused(self._volume, request[3], request[4], seq)
+            seq += _records(request)
+        self._group.settle()
 
     def _apply(self, connection: Connection, writes: list[Request], seq: int) -> None:
         """One request after the other onto an inline primary, whatever they are."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cdp import storage
 from cdp.collector import restart, tail
+from cdp.collector.reads import ReadPool
 from cdp.collector.restart import open_group
+from cdp.collector.splitter import Splitter
 from cdp.collector.state import load_checkpoint
 from cdp.collector.volume import GroupSpec, VolumeSpec
 from cdp.errors import ConfigError
+from cdp.journal import batch
 from tests.collector.helpers import MIB, Journal, Runner, qemu_io, refusal
 
 LIMIT_SECONDS = 10.0
@@ -155,6 +159,33 @@ def test_names_of_bookmarks_are_durable_before_the_checkpoint_behind_them(
     after = load_checkpoint(f"{group.folder}/checkpoint")
     assert after is not None and after["seq"] == seq
     restart.close_group(group)
+
+
+def test_a_write_that_breaks_off_behind_the_journal_is_read_back(
+    tmp_path: Path, worker: storage.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 2: whatever ends a batch between journal and primary (no memory, a bug), the journal then says what the
+    primary really holds; nothing is left that replica and primary differ in."""
+    group = open_again(tmp_path, worker)
+    volume = group.volumes[0]
+    splitter = Splitter(volume, group, ReadPool())
+    data = memoryview(b"\1" * 8192)
+    requests = [(1, 0, b"cookie-1", 0, 8192, data), (1, 0, b"cookie-2", 4096, 8192, data)]
+    connection: Any = SimpleNamespace(done_many=lambda cookies: None)
+
+    def no_memory(fd: int, content: memoryview, offset: int) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(storage, "pwrite", no_memory)
+    with pytest.raises(MemoryError):
+        splitter._commit(connection, list(requests), [
+            batch.DESCRIPTOR.pack(batch.WRITE, 0, 0, 8192, r[3], 8192) for r in requests
+        ], 16384, True)  # fmt: skip
+    monkeypatch.undo()
+    restart.close_group(group)
+    journal = Journal(f"{group.folder}/journal", {0: 4 * MIB})
+    assert bytes(journal.images[0]) == (tmp_path / "db.raw").read_bytes() == bytes(4 * MIB)
+    assert len(journal.gaps()) == 2
 
 
 def drain_until(worker: storage.Worker, condition: Any) -> None:
