@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -212,5 +213,4 @@ def run_parts(header: Buffer) -> tuple[list[int], list[int], list[int]]:
     """(offsets from the run's blob, lengths, crcs) of a run's blocks."""
     fields = RUN_HEADER.unpack(header)
     lengths, crcs = list(fields[:RUN_BLOCKS]), list(fields[RUN_BLOCKS:])
-    ends: Array = np.cumsum([RUN_HEADER.size, *lengths])
-    return ends[:-1].tolist(), lengths, crcs
+    return list(accumulate(lengths[:-1], initial=RUN_HEADER.size)), lengths, crcs

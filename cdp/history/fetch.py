@@ -5,7 +5,7 @@ from __future__ import annotations
 from crc32c import crc32c
 
 from cdp.errors import CorruptionError
-from cdp.history.blobs import Buffer, Unpacker, run_parts
+from cdp.history.blobs import ZERO_BLOCK, Buffer, Unpacker, run_parts
 from cdp.history.index import Place
 from cdp.history.undo import UndoLog
 from cdp.history.undo_format import BLOCK_BYTES, RUN_BIT, RUN_BLOCKS, RUN_HEADER, RUN_MIXED, RUN_RAW, RUN_ZERO, mix
@@ -32,9 +32,34 @@ class Fetcher:
 
     def run(self, code: int, seq: int, place: Place, first: int, count: int) -> list[Buffer | None]:
         """Blocks `first` to `first + count` of a run's entry. Raises CorruptionError."""
-        ordinal, offset, crc, length = place
-        if length == RUN_ZERO:
+        if place.length == RUN_ZERO:
             return [None] * count
+        blobs, lengths, crcs = self._blobs(code, seq, place, first, count)
+        found: list[Buffer | None] = []
+        at = 0
+        for i, (length, crc) in enumerate(zip(lengths, crcs, strict=True)):
+            stored = blobs[at : at + length]
+            if len(stored) != length or (length and crc32c(stored) != crc):
+                raise _corrupt(code + first + i, seq)
+            found.append(self._unpacker.block(stored) if length else None)
+            at += length
+        return found
+
+    def stretch(self, code: int, seq: int, place: Place, first: int, count: int) -> Buffer:
+        """As `run`, in one piece; zeros are written out. Raises CorruptionError."""
+        if place.length != RUN_RAW:
+            return b"".join([ZERO_BLOCK if b is None else b for b in self.run(code, seq, place, first, count)])
+        blobs, lengths, crcs = self._blobs(code, seq, place, first, count)
+        sums = [crc32c(blobs[at : at + BLOCK_BYTES]) for at in range(0, count * BLOCK_BYTES, BLOCK_BYTES)]
+        if sums != crcs or len(blobs) != count * BLOCK_BYTES or min(lengths) != BLOCK_BYTES:
+            raise _corrupt(code + first, seq)
+        return blobs
+
+    def _blobs(
+        self, code: int, seq: int, place: Place, first: int, count: int
+    ) -> tuple[memoryview, list[int], list[int]]:
+        """(stored bytes, lengths, crcs) of those blocks; that of the run's header is verified."""
+        ordinal, offset, crc, length = place
         whole = length == RUN_RAW and count > RUN_BLOCKS // 2
         raw = memoryview(self._log.read(ordinal, offset, _RAW_RUN_BYTES if whole else RUN_HEADER.size))
         header = raw[: RUN_HEADER.size]
@@ -44,14 +69,7 @@ class Fetcher:
         offsets, lengths, crcs = run_parts(header)
         start, end = offsets[first], offsets[first + count - 1] + lengths[first + count - 1]
         blobs = raw[start:end] if whole else memoryview(self._log.read(ordinal, offset + start, end - start))
-        found: list[Buffer | None] = []
-        for i in range(first, first + count):
-            at = offsets[i] - start
-            stored = blobs[at : at + lengths[i]]
-            if len(stored) != lengths[i] or (lengths[i] and crc32c(stored) != crcs[i]):
-                raise _corrupt(code + i, seq)
-            found.append(self._unpacker.block(stored) if lengths[i] else None)
-        return found
+        return blobs, lengths[first : first + count], crcs[first : first + count]
 
     def whole(self, code: int, seq: int, place: Place) -> list[Buffer | None]:
         """Every block of an entry, of one block or of a run."""

@@ -41,8 +41,9 @@ _NAME = re.compile(r"undo-(\d{20})-(\d{10})")
 _MAX_SEGMENT_BYTES = 3 << 30
 # An entry of zeros has no blob: without this a segment of them could hold millions, whose codes are in memory.
 _MAX_SEGMENT_ENTRIES = 1 << 18
-# Kept to be written again; more than what one round of retention frees is given back to the file system.
-_MAX_SPARES = 4
+# Kept to be written again (a new file takes writes at an eighth of the speed); more than what a second of replay frees
+# is given back to the file system.
+_MAX_SPARES = 8
 # Open files of one log (24 GiB of it); a read of another segment opens it again.
 _MAX_DESCRIPTORS = 384
 

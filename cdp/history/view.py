@@ -12,7 +12,7 @@ from typing import Protocol
 
 from cdp import storage
 from cdp.errors import CdpError
-from cdp.history.blobs import ZERO_BLOCK, Buffer
+from cdp.history.blobs import Buffer
 from cdp.history.changed import flags_of, merged
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, all_after, first_after
@@ -28,6 +28,7 @@ _ALLOCATION_STEP_BYTES = 64 << 20
 _MAX_STRETCHES = 1024
 _MAX_ENTRIES_SEEN = 8192
 _RUN_MASK = RUN_BLOCKS - 1
+_ZERO_RUN = memoryview(bytes(RUN_BLOCKS * BLOCK_BYTES))
 
 
 class Window(Protocol):
@@ -124,17 +125,19 @@ class View:
         start = code & BLOCK_MASK
         first = max(start, offset // BLOCK_BYTES)
         last = min(start + _RUN_MASK, (offset + len(target) - 1) // BLOCK_BYTES)
-        wanted = []
-        for block in range(first, last + 1):
-            single = singles.get(block)
-            if single is None or seq < single[0]:
-                singles.pop(block, None)
-                wanted.append(block)
-        if not wanted:
-            return
-        contents = self._fetch.run(code, seq, place, wanted[0] - start, wanted[-1] - wanted[0] + 1)
-        for block in wanted:
-            _put(contents[block - wanted[0]], block, offset, target)
+        # Most often nothing came earlier: then it is one piece.
+        pieces = [(first, last + 1)]
+        for block in sorted(singles.keys() & range(first, last + 1)):
+            if singles[block][0] <= seq:
+                at, end = pieces.pop()
+                pieces += [(at, block), (block + 1, end)]
+            else:
+                del singles[block]
+        for at, end in pieces:
+            if at < end:
+                zeros = place.length == RUN_ZERO
+                content = None if zeros else self._fetch.stretch(code, seq, place, at - start, end - at)
+                _put(content, at, offset, target, end - at)
 
     # --- allocation and changes
 
@@ -227,14 +230,14 @@ class View:
         self._changed = None
 
 
-def _put(content: Buffer | None, block: int, offset: int, target: memoryview) -> None:
-    """A block's content where it lies inside of what is read from `offset` on."""
-    at = block * BLOCK_BYTES - offset
-    data = ZERO_BLOCK if content is None else content
-    if at >= 0 and at + BLOCK_BYTES <= len(target):
-        target[at : at + BLOCK_BYTES] = data
+def _put(content: Buffer | None, block: int, offset: int, target: memoryview, count: int = 1) -> None:
+    """The content of `count` blocks where they lie inside of what is read from `offset` on; at most a run of them."""
+    at, length = block * BLOCK_BYTES - offset, count * BLOCK_BYTES
+    data = _ZERO_RUN[:length] if content is None else content
+    if at >= 0 and at + length <= len(target):
+        target[at : at + length] = data
         return
-    skip, end = max(0, -at), min(BLOCK_BYTES, len(target) - at)
+    skip, end = max(0, -at), min(length, len(target) - at)
     target[at + skip : at + end] = memoryview(data)[skip:end]
 
 
