@@ -23,8 +23,9 @@ MAX_WAITS = 8
 MAX_WAIT_SECONDS = 3600.0
 # Pins asked for over control: a rollback holds one for each group.
 MAX_PINS = 64
-# Why a group may stand still for good, so that only a new history helps: the journal jumps, or continues another one.
-RESET_CODES = ("hole", "forked", "fenced")
+# Why a group may stand still for good, so that only a new history helps: the journal jumps, or continues another one,
+# or what the replayer keeps is damaged.
+RESET_CODES = ("hole", "forked", "fenced", "corrupt")
 
 
 class GroupSource:

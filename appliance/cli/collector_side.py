@@ -14,7 +14,7 @@ from cdp.errors import UnreachableError
 # The collector answers when it has read and journaled what it must; the copy itself goes on behind.
 ANSWER_SECONDS = 60.0
 # Reasons of a replayer's group that only a new history helps.
-STUCK = ("hole", "forked", "fenced")
+STUCK = ("hole", "forked", "fenced", "corrupt")
 consumer = typer.Typer(no_args_is_help=True, help="Who still needs the journal.")
 
 
@@ -38,7 +38,7 @@ def resync(
 ) -> None:
     """Journal the whole primary again and heal what differs, while clients are served.
 
-    It is the way out of `forked` and of a hole too: then history begins anew, with all volumes of the group.
+    It is the way out of `forked`, of a hole and of damage too: then history begins anew, with all volumes of the group.
     """
     group, chosen = named_volume(volume)
     stuck = _is_stuck(group.name)

@@ -22,6 +22,8 @@ from rocksdict import (
     WriteOptions,
 )
 
+from cdp.errors import CorruptionError
+
 log = logging.getLogger(__name__)
 
 # The memory that index and timeline may take: one memtable being written, one being flushed, and the cache for
@@ -69,7 +71,7 @@ class RocksMap:
     """RocksDB without a log of its own."""
 
     def __init__(self, folder: str) -> None:
-        """Opens or makes it. Raises Exception from RocksDB when its files are damaged."""
+        """Opens or makes it. Raises CorruptionError, OSError (no space)."""
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(_MEMTABLE_BYTES)
@@ -87,7 +89,14 @@ class RocksMap:
         table.set_pin_l0_filter_and_index_blocks_in_cache(True)
         table.set_format_version(5)
         options.set_block_based_table_factory(table)
-        self._map = Rdict(folder, options)
+        try:
+            with _no_space_is_oserror():
+                self._map = Rdict(folder, options)
+        except Exception as e:
+            if not str(e).startswith("Corruption"):
+                raise
+            hint = "Stop the replayer and remove that folder: it is made again from the undo log."
+            raise CorruptionError(f"The index {folder} is damaged: {e}.", hint) from e
         self._closed = False
         self._write_options = WriteOptions()
         self._write_options.disable_wal = True  # type: ignore[method-assign,assignment]

@@ -57,12 +57,12 @@ class Replayer:
             self._work.stop()
 
     def reset_history(self, after_seq: int = 0) -> None:
-        """The way out of `forked` and of a hole: a new, empty history that begins behind `after_seq` of whatever
-        journal `reader_of` opens now; the replica files stay as they are. Each volume is `resyncing`, and offers no
+        """The way out of `forked`, of a hole and of damage: a new, empty history that begins behind `after_seq` of
+        whatever journal `reader_of` opens now; the replica files stay as they are. Each volume is `resyncing`, and offers no
         point, until a gap of it ends in that journal. Raises CdpError, OSError; running again when it returns.
         """
         self.stop()
-        old = restart.open_position(self.folder)
+        old = restart.position_before_reset(self.folder, self.volumes)
         position_file.store(self.folder, restart.position_after_reset(old, after_seq))
         self.start()
 

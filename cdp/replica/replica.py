@@ -171,6 +171,8 @@ class Replica:
         if known is not None:
             known.resize(max(size, known.size))
             return known
+        if name in self.kept and not storage.exists(f"{self._folder}/{self.kept[name]}"):
+            del self.kept[name]  # lost: a resync makes it again
         if name in self.kept:
             size_now = storage.stat(f"{self._folder}/{self.kept[name]}").st_size
             opened = self.open(volume, name, self.kept.pop(name), size_now)

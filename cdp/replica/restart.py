@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 from cdp import storage
@@ -14,6 +15,7 @@ from cdp.replica.replica import Replica, sync_files
 
 REPLICA_FOLDER, HISTORY_FOLDER = "replica", "history"
 LOCK_FILE = "lock"
+_LATER_HISTORY = re.compile(HISTORY_FOLDER + r"-(\d+)")
 
 
 def open_position(folder: str) -> Position:
@@ -92,6 +94,16 @@ def position_after_reset(old: Position, after_seq: int) -> Position:
     number = int(old.history.partition("-")[2] or 1) + 1
     course = Course().plain() | {"awaited": sorted(kept)}
     return Position(seq=after_seq, course=course, history=f"{HISTORY_FOLDER}-{number}", kept=kept)
+
+
+def position_before_reset(folder: str, volumes: list[str]) -> Position:
+    """The committed position; where that is damaged, what its folder still says, files by their usual names."""
+    try:
+        return open_position(folder)
+    except CorruptionError:
+        kept = {name: f"{name}.raw" for name in volumes if storage.exists(f"{folder}/{REPLICA_FOLDER}/{name}.raw")}
+        numbers = [int(found[1]) for name in storage.listdir(folder) if (found := _LATER_HISTORY.fullmatch(name))]
+        return Position(history=f"{HISTORY_FOLDER}-{max(numbers)}" if numbers else HISTORY_FOLDER, kept=kept)
 
 
 def remove_old_histories(folder: str, current: str) -> None:

@@ -142,6 +142,23 @@ def test_a_damaged_index_is_not_an_empty_one(tmp_path: Path, blocks: int) -> Non
     group.close()
 
 
+def test_an_index_that_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
+    group = filled(tmp_path)
+    newest = group.history.applied_seq
+    group.history.close()
+    index = tmp_path / "history" / "index"
+    for path in index.glob("MANIFEST-*"):
+        path.write_bytes(path.read_bytes()[:60] + os.urandom(50))
+    with pytest.raises(CorruptionError, match="remove that folder") as error:
+        group.open()
+    assert str(index) in str(error.value)
+    shutil.rmtree(index)
+    group.history = group.open()
+    group.history.cut(newest)
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    group.close()
+
+
 def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
     """Promise 6: a reader that holds on to a dropped segment gets EIO, whatever stands in its file by then."""
     group = filled(tmp_path, 1 << 16)

@@ -1,0 +1,62 @@
+"""Damage of what a replayer keeps stops its group with a reason, and a reset with a resync is the way out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cdp.journal import batch as fmt
+from tests.replica.helpers import rig
+
+SIZE = 16 * 4096
+
+
+def undo(folder: Path) -> None:
+    """All of the undo log but its openings."""
+    for path in (folder / "history" / "undo").glob("undo-*"):
+        path.write_bytes(path.read_bytes()[:4096])
+
+
+def position(folder: Path) -> None:
+    (folder / "committed").write_bytes(b"00000000\n{}")
+
+
+def missing_position(folder: Path) -> None:
+    (folder / "committed").unlink()
+
+
+def replica(folder: Path) -> None:
+    (folder / "replica" / "db.raw").unlink()
+
+
+@pytest.mark.parametrize("damage", [undo, position, missing_position, replica])
+def test_a_reset_and_a_resync_are_the_way_out(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Promise 4: never served, never repaired silently; promise 8: no point before the resync's end."""
+    with rig(tmp_path, {"db": SIZE}) as r:
+        for _ in range(3):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.feed.flush()
+        r.caught_up().stop()
+        damage(tmp_path / "replayer")
+        replayer = r.start()
+        assert replayer.state == "stopped" and (replayer.reason or {})["code"] == "corrupt"
+        for _ in range(2):  # again, before the resync has ended
+            behind = r.feed.flush()
+            r.feed.volume(1, "db", SIZE)
+            r.feed.gap(1, opens=True)
+            replayer.reset_history(behind)
+            r.caught_up()
+            assert replayer.state == "resyncing"
+        content = bytes(r.feed.now[1])
+        r.feed.record(fmt.SYNC, 1, 0, SIZE, content)
+        end = r.feed.gap(1, opens=False)
+        r.feed.write(1, 77, b"goes on")
+        r.caught_up()
+        assert replayer.state == "protected"
+        assert r.read("db", end) == content and r.replica("db") == bytes(r.feed.now[1])
+        replayer.stop()
+        r.start()
+        assert r.read("db", end) == content
