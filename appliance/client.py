@@ -6,6 +6,8 @@ Errors come back as they were raised on the other side; a process that is not th
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 MARGIN_SECONDS = 5.0
 STATUS_SECONDS = 10.0
 COMMAND_SECONDS = 30.0
+_DENIED = "permission denied"
 
 
 class Client:
@@ -72,7 +75,7 @@ class Client:
                 answer = http.request(method, path, json=body, timeout=timeout_seconds)
                 content = answer.json()
             except (httpx.HTTPError, ValueError) as e:
-                raise self._unreachable(role, str(e) or type(e).__name__) from None
+                raise self._unreachable(role, _why(e)) from None
         if answer.status_code == 200 and isinstance(content, dict):
             return content
         if "error" not in content:
@@ -86,7 +89,7 @@ class Client:
         try:
             short = paths.ShortPath(paths.api_socket(self._state_dir, role))
         except OSError as e:
-            raise self._unreachable(role, f"{paths.folder(self._state_dir, role)}: {e.strerror}") from None
+            raise self._unreachable(role, _why(e)) from None
         # A unix socket knows no TLS: without `verify=False` each call would load all the system's certificates (80 ms).
         with short as path:
             transport = httpx.HTTPTransport(uds=path, verify=False)
@@ -94,4 +97,17 @@ class Client:
                 yield http
 
     def _unreachable(self, role: str, why: str) -> UnreachableError:
-        return UnreachableError(f"The {role} cannot be reached ({why}).", "Is it running? Start it with `cdp up`.")
+        if why == _DENIED:
+            hint = f"Run this as the owner of {self._state_dir}."
+            return UnreachableError(f"The {role} cannot be reached: permission denied.", hint)
+        return UnreachableError(f"The {role} cannot be reached: {why}.", "Start it with `cdp up`; is this its config?")
+
+
+def _why(error: BaseException) -> str:
+    """The reason in words, out of what the system or the HTTP client said."""
+    text = str(error)
+    if isinstance(error, PermissionError) or os.strerror(errno.EACCES) in text:
+        return _DENIED
+    if isinstance(error, FileNotFoundError) or any(os.strerror(n) in text for n in (errno.ENOENT, errno.ECONNREFUSED)):
+        return "it is not running"
+    return text or type(error).__name__

@@ -53,7 +53,7 @@ _DURATION_UNITS_NS = {
 
 def parse_size(value: object) -> int:
     """Bytes from `64MiB`, `1.5GiB`, `10GB` or a plain number of bytes. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[3] not in _SIZE_UNITS:
@@ -315,6 +315,16 @@ def parse(content: dict[str, Any], folder: str, path: str = "configuration") -> 
         raise ConfigError(f"{path}: {_explain(errors[0])}.", f"Correct the file.{more}") from None
 
 
+# What pydantic says for programmers, in words for who edits the file.
+_TEXTS = {
+    "list_type": 'must be a list of strings, like ["tcp:127.0.0.1:10809"]',
+    "too_short": "must not be empty",
+    "model_type": "must be a section of its own, in brackets",
+    "string_type": "must be a string, in quotes",
+}
+_TABLES = {"group": "[[group]], once for each group", "volume": "[[group.volume]], once for each volume"}
+
+
 def _explain(error: Any) -> str:
     """One clause: where, and what is wrong there."""
     location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function"))]
@@ -323,8 +333,10 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), 1, 0.5)
         return f"unknown key {where}" + (f' (did you mean "{near[0]}"?)' if near else "")
     if error["type"] == "missing":
-        return f"{where} is missing"
-    text = str(error["msg"]).removeprefix("Value error, ")
+        return f"{where} is missing" if where != "group" else "there is no [[group]] with volumes to protect"
+    text = _TEXTS.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    if error["type"] in ("list_type", "too_short") and location[-1] in _TABLES:
+        return f"{where} is a section with double brackets, {_TABLES[location[-1]]}"
     return f"{where}: {text}" if where else text
 
 

@@ -163,3 +163,20 @@ ANYTHING = st.recursive(
 def test_any_content_is_a_configuration_or_a_config_error(content: Any) -> None:
     with contextlib.suppress(ConfigError):
         config.parse(content, "/srv")
+
+
+VOLUME = {"name": "db", "primary": "file:x", "size": "1GiB"}
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ({}, "there is no [[group]]"),
+    ({"group": 3}, "double brackets, [[group]]"),
+    ({"group": [{"name": "g", "volume": "db"}]}, "double brackets, [[group.volume]]"),
+    ({"group": [{"name": "g", "volume": [VOLUME]}], "collector": {"listen": "tcp:h:1"}}, "a list of strings"),
+    ({"group": [{"name": "g", "volume": [VOLUME]}], "journal": {"kind": "kafak"}}, "must be 'embedded'"),
+    ({"group": [{"name": "g", "volume": [VOLUME | {"size": -5}]}]}, "-5 is no size"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_words_of_the_file(content: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.parse(content, "/srv")
+    assert says in refused.value.message and "Input" not in refused.value.message

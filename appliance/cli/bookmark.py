@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli.context import Json, client, emit, named, out, point
+from appliance.cli.context import Json, client, emit, named, out, point, when
 from cdp.errors import UnreachableError
 from cdp.recovery.grammar import check_name
 
@@ -34,7 +34,7 @@ def bookmark(
     if as_json:
         emit(answer)
     else:
-        out.print(f"Bookmark [bold]{name}[/] of group {owner.name}: seq {answer['seq']} at {answer['time']}.")
+        out.print(f"Bookmark [bold]{name}[/] of group {owner.name}: seq {answer['seq']} at {when(found['time_ns'])}.")
 
 
 def wait_applied(group: str, seq: int, timeout_seconds: float = WAIT_SECONDS) -> None:

@@ -14,7 +14,7 @@ from appliance.client import Client
 from cdp import config as configuration
 from cdp.config import Config, Group, Volume
 from cdp.errors import CdpError, NotFoundError, UsageError
-from cdp.recovery.times import iso_utc, local_zone_name
+from cdp.recovery.times import both_zones, iso_utc, local_zone_name, zone_named
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON, for scripts.")]
 
@@ -99,11 +99,28 @@ def point(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"seq": found["seq"], "time": iso_utc(found["time_ns"]) if "time_ns" in found else found.get("time")}
 
 
+def when(time_ns: int) -> str:
+    """A time for people: local with its offset, and UTC."""
+    return both_zones(time_ns, zone_named(zone()))
+
+
+def size_text(number: int | None) -> str:
+    """Bytes for people, one decimal; `?` where unknown."""
+    if number is None:
+        return "?"
+    value, unit = float(number), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
 def table(title: str, *columns: str) -> Table:
     """An empty table in the style of all."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for column in columns:
-        made.add_column(column)
+        made.add_column(column, overflow="fold")  # a path that is cut off helps nobody
     return made
 
 

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli.context import Json, client, emit, out, point, table, volume_at, zone
-from cdp.config import format_size
+from appliance.cli.context import Json, client, emit, out, point, size_text, table, volume_at, when, zone
 from cdp.errors import UsageError
 
 # A difference over millions of writes is some seconds of work.
@@ -24,7 +23,7 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="VOLUME@POINT", help="… to this one.")],
     as_json: Json = False,
 ) -> None:
-    """Show the extents that differ between two points. Exit code 0 in either case."""
+    """Show the extents that changed between two points, rewritten ones too. Exit code 0 in either case."""
     _, volume, start = volume_at(first)
     _, other, end = volume_at(second)
     if volume.name != other.name:
@@ -41,6 +40,8 @@ def diff(
         shown.add_row(str(extent["offset"]), str(extent["length"]))
     if extents:
         out.print(shown)
+    for side, what in (("from", first), ("to", second)):
+        out.print(f"{side:4}  {what} = seq {found[side]['seq']}, {when(found[side]['time_ns'])}")
     hidden = len(extents) - SHOWN_EXTENTS
     more = f" ({hidden} extents not shown; --json has all)" if hidden > 0 else ""
-    out.print(f"{format_size(found['bytes'])} in {len(extents)} extents differ{more}.")
+    out.print(f"{size_text(found['bytes'])} in {len(extents)} extents changed{more}.")

@@ -9,8 +9,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from appliance import paths
-from appliance.cli.context import Json, client, config, emit, err, out, point, volume_at, zone
-from cdp.config import format_size
+from appliance.cli.context import Json, client, config, emit, err, out, point, size_text, volume_at, when, zone
 
 
 class Format(StrEnum):
@@ -38,14 +37,14 @@ def export(
     found = client().replayer("resolve", name=volume.name, expression=expression, zone=zone())
     address = paths.client_address(config().replayer.listen)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, disable=as_json, transient=True) as bar:
+    with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=volume.size)
         size = exports.export(
             address, f"{volume.name}@seq:{found['seq']}", output,
             lambda done, total: bar.update(task, completed=done, total=total), chosen,
         )  # fmt: skip
-    at = point(found) or {}
     if as_json:
-        emit({"volume": volume.name, "point": at, "file": output, "format": chosen, "bytes": size})
+        emit({"volume": volume.name, "point": point(found), "file": output, "format": chosen, "bytes": size})
     else:
-        out.print(f"{output}: {volume.name} at seq {at['seq']} ({at['time']}), {format_size(size)}, {chosen}.")
+        out.print(f"{output}: {volume.name} at seq {found['seq']}, {when(found['time_ns'])}.")
+        out.print(f"{size_text(size)}, {chosen}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -27,6 +28,14 @@ from appliance.cli import (
 from appliance.cli.context import Options, show_error
 from cdp.errors import CdpError, RefusedError, StorageError, UsageError
 
+_HINTS = {
+    errno.EACCES: "Run it as the owner of that file, or change its permissions.",
+    errno.EPERM: "Run it as the owner of that file, or change its permissions.",
+    errno.ENOENT: "Is the folder there? Create it first.",
+    errno.ENOTDIR: "A part of that path is no folder.",
+    errno.EROFS: "That file system is mounted read-only.",
+    errno.ENOSPC: "Free some space there.",
+}
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 app = typer.Typer(
@@ -84,10 +93,11 @@ def _explain(e: Exception) -> CdpError:
         return RefusedError("Declined; nothing was changed.", code="declined")
     if isinstance(e, _ClickError):
         text = e.format_message().rstrip(".")  # type: ignore[attr-defined]
+        text = text.replace("Value error, ", "")  # pydantic's, not a person's
         return UsageError(f"{text}." if text else "No command was given.", "See `cdp --help` or `cdp COMMAND --help`.")
     if isinstance(e, OSError):
         where = f"{e.filename}: " if e.filename else ""
-        return StorageError(f"{where}{e.strerror or e}.", "Run it with --debug to see where.")
+        return StorageError(f"{where}{e.strerror or e}.", _HINTS.get(e.errno or 0, "Run it with --debug to see where."))
     return StorageError(f"An unexpected error: {e!r}.", "This is a bug; `cdp --debug …` shows where.")
 
 

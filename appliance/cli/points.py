@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Annotated, Any
 
 import typer
 from rich.console import Group as Lines
 
 from appliance import health
-from appliance.cli.context import Json, client, emit, named, out, point, table
-from cdp.recovery.times import duration
+from appliance.cli.context import Json, client, emit, named, out, point, table, zone
+from cdp.recovery.times import duration, iso_local, zone_named
 
 # Barriers are many: every flush of the guest is one.
 DEFAULT_BARRIERS = 100
 MAX_BARRIERS = 100_000
+# Of them in the table, which people read from its end.
+SHOWN_BARRIERS = 10
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,17 +50,20 @@ def _page(answer: dict[str, Any], found: dict[str, Any]) -> Lines:
     if newest["seq"] is None:
         return Lines("Nothing has been replayed yet: there is no point.")
     age = duration(found["newest"]["time_ns"] - found["oldest"]["time_ns"])
-    shown = table("", "what", "seq", "time (UTC)")
-    shown.add_row("oldest", str(oldest["seq"]), oldest["time"])
-    for mark in answer["bookmarks"]:
-        shown.add_row(f"[bold]{mark['name']}[/]", str(mark["seq"]), mark["time"])
-    for barrier in reversed(answer["barriers"][:10]):
-        shown.add_row("[dim]barrier[/]", str(barrier["seq"]), barrier["time"])
-    shown.add_row("newest", str(newest["seq"]), newest["time"])
+    here = zone_named(zone()) or UTC
+    shown = table("", "what", "seq", f"time ({zone()})", "time (UTC)")
+    listed = [("oldest", found["oldest"], oldest)]
+    marks = zip(found["bookmarks"], answer["bookmarks"], strict=True)
+    listed += [(f"[bold]{b['name']}[/]", b, printed) for b, printed in marks]
+    barriers = list(zip(found["barriers"], answer["barriers"], strict=True))[:SHOWN_BARRIERS]
+    listed += [("[dim]barrier[/]", b, printed) for b, printed in reversed(barriers)]
+    for what, at, printed in (*listed, ("newest", found["newest"], newest)):
+        local = iso_local(at["time_ns"], here)
+        shown.add_row(what, str(at["seq"]), local[:19] + local[29:], printed["time"])  # the exact one is that in UTC
     gaps = [
         f"gap: seq {g['from']['seq']} to {g['to']['seq'] if g['to'] else 'open'}: {g['reason']['text']}"
         for g in answer["gaps"]
     ]
-    hidden = len(answer["barriers"]) - 10
+    hidden = len(answer["barriers"]) - SHOWN_BARRIERS
     more = [f"({hidden} more barriers with --json)"] if hidden > 0 else []
     return Lines(shown, "", f"The window is {age} long.", *more, *gaps)

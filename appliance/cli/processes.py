@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from appliance import paths
-from appliance.cli.context import config, config_path
+from appliance.cli.context import Options, config, config_path
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,7 +19,7 @@ def up() -> None:
     from appliance import up as runner
 
     config()  # a mistake in it is said once, before anything is started
-    raise typer.Exit(runner.run(config_path()))
+    raise typer.Exit(runner.run(config_path(), Options.debug))
 
 
 def collector() -> None:

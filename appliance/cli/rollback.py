@@ -103,6 +103,8 @@ def _ask(found: Plan, as_json: bool) -> None:
     if sys.stdin.isatty() or not as_json:
         console.print(f"Roll {' and '.join(found.volumes)} back? \\[y/N] ", end="")
         answer = sys.stdin.readline()
+        if not answer.endswith("\n"):  # nobody there who could type one
+            console.print()
     if answer.strip().lower() not in ("y", "yes"):
         raise RefusedError("Declined; nothing was changed.", "Use --yes to roll back without being asked.",
                            code="declined")  # fmt: skip
@@ -140,7 +142,7 @@ def _follow(job: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """The job at its end, with a bar until then. Raises the error that it stopped with."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     pause, gone_ns = threading.Event(), 0
-    with Progress(*columns, console=err, disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task("lock", total=None)
         while job["running"] or (job["active"] and not job["failure"]):
             pause.wait(POLL_SECONDS)

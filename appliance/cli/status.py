@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -9,12 +10,13 @@ import typer
 from rich.console import Group as Lines
 
 from appliance import health, paths
-from appliance.cli.context import Json, client, config, emit, leave, out, table
-from cdp.config import format_size
+from appliance.cli.context import Json, client, config, emit, leave, out, size_text, table
 from cdp.errors import CdpError, UnreachableError
 from cdp.recovery.times import duration
 
 NOT_HEALTHY = 1
+# Every rollback of the window leaves a gap; the newest tell what is going on.
+SHOWN_GAPS = 3
 _STYLES = {"protected": "green", "syncing": "yellow", "resyncing": "yellow", "rolling_back": "yellow"}
 
 
@@ -41,7 +43,7 @@ def gather() -> dict[str, Any]:
             answers[role] = None
             errors.append(e)
     if len(errors) == len(answers):
-        raise UnreachableError("Neither collector nor replayer can be reached.", "Start them with `cdp up`.")
+        raise UnreachableError("Neither collector nor replayer can be reached.", errors[0].hint)
     groups = [
         {
             "name": g.name, "window_ns": g.window_ns, "max_lag_ns": g.max_lag,
@@ -53,30 +55,47 @@ def gather() -> dict[str, Any]:
 
 
 def _page(answer: dict[str, Any]) -> Lines:
-    shown = table("", "name", "state", "lag", "window", "journal", "history")
-    reasons = []
+    groups = table("", "group", "state", "lag", "window", "journal", "history")
+    volumes = table("", "volume", "state", "size", "clients", "primary")
+    reasons: list[str] = []
     for group in answer["groups"]:
         window, replay = group["window"], group["replay"]
-        shown.add_row(
-            f"[bold]{group['name']}[/]", _state(group), _lag(replay),
-            _window(window),
-            _size(group["journal"]["bytes"]), _size(group["history"]["bytes"]),
+        groups.add_row(
+            f"[bold]{group['name']}[/]", _state(group), _lag(replay), _window(window),
+            size_text(group["journal"]["bytes"]), size_text(group["history"]["bytes"]),
         )  # fmt: skip
         for volume in group["volumes"]:
-            progress = volume.get("progress")
-            done = f" {100 * progress['done_bytes'] // max(1, progress['total_bytes'])} %" if progress else ""
-            shown.add_row(f"  {volume['name']}", _state(volume) + done, format_size(volume["size"]), volume["primary"])
-        for part in (group, *group["volumes"]):
-            if part.get("reason"):
-                reasons.append(f"{part['name']}: {part['reason'].get('text')} ({part['reason'].get('code')})")
-        if window["short"]:
-            reasons.append(f"{group['name']}: the window is shorter than configured; give history more space")
-        for gap in window["gaps"]:
-            end = gap["to"]["seq"] if gap["to"] else "open"
-            reasons.append(f"{group['name']}: gap from seq {gap['from']['seq']} to {end}: {gap['reason']['text']}")
+            clients = volume["clients"] if volume["clients"] is not None else "?"
+            volumes.add_row(
+                volume["name"], _state(volume) + _progress(volume), size_text(volume["size"]), str(clients),
+                volume["primary"],
+            )  # fmt: skip
+        reasons += _reasons(group)
     running = ", ".join(f"{role} {pid or 'not running'}" for role, pid in answer["processes"].items())
     verdict = "[green]healthy[/]" if answer["healthy"] else "[bold red]not healthy[/]"
-    return Lines(shown, "", *dict.fromkeys(reasons), f"{verdict} ({running})")
+    return Lines(groups, "", volumes, "", *dict.fromkeys(reasons), f"{verdict} ({running})")
+
+
+def _progress(volume: dict[str, Any]) -> str:
+    progress = volume.get("progress")
+    return f" {100 * progress['done_bytes'] // max(1, progress['total_bytes'])} %" if progress else ""
+
+
+def _reasons(group: dict[str, Any]) -> Iterator[str]:
+    """What is not fine, a sentence each; a group's reason that is one of its volumes' is said once."""
+    volumes = [volume for volume in group["volumes"] if volume.get("reason")]
+    own = [] if group.get("reason") in [volume["reason"] for volume in volumes] else [group]
+    for part in (*own, *volumes):
+        if part.get("reason"):
+            yield f"{part['name']}: {part['reason'].get('text')} ({part['reason'].get('code')})"
+    if group["window"]["short"]:
+        yield f"{group['name']}: the window is shorter than configured; give history more space"
+    gaps = group["window"]["gaps"] or []
+    for gap in gaps[-SHOWN_GAPS:]:
+        end = gap["to"]["seq"] if gap["to"] else "open"
+        yield f"{group['name']}: no points from seq {gap['from']['seq']} to {end}: {gap['reason']['text']}"
+    if len(gaps) > SHOWN_GAPS:
+        yield f"{group['name']}: {len(gaps) - SHOWN_GAPS} earlier gaps; see `cdp points {group['name']}`"
 
 
 def _window(window: dict[str, Any]) -> str:
@@ -85,9 +104,10 @@ def _window(window: dict[str, Any]) -> str:
     if None in ends:
         return "?"
     first, last = (datetime.fromisoformat(end[:26] + "Z") for end in ends)
+    length = duration(int((last - first).total_seconds()) * 10**9).replace(".000 s", " s")
     configured = window["configured_seconds"]
     asked = f" of {duration(int(configured * 10**9))}" if configured is not None else ""
-    return f"{duration(round((last - first).total_seconds()) * 10**9)}{asked}"
+    return f"{length}{asked}"
 
 
 def _state(part: dict[str, Any]) -> str:
@@ -98,15 +118,4 @@ def _state(part: dict[str, Any]) -> str:
 def _lag(replay: dict[str, Any]) -> str:
     if replay["lag_seconds"] is None:
         return "?"
-    return f"{replay['lag_seconds']:.1f} s, {_size(replay['lag_bytes'])}"
-
-
-def _size(number: int | None) -> str:
-    if number is None:
-        return "?"
-    value, unit = float(number), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    return f"{replay['lag_seconds']:.1f} s, {size_text(replay['lag_bytes'])}"

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from appliance.cli.bookmark import WAIT_SECONDS, wait_applied
-from appliance.cli.context import Json, client, emit, leave, named, out
-from cdp.config import format_size
+from appliance.cli.context import Json, client, emit, leave, named, out, size_text
 from cdp.errors import UsageError
 
 # The whole primary is read between writes: a TiB at disk speed is most of an hour.
@@ -44,7 +43,7 @@ def verify(
             places = ", ".join(f"{offset}+{length}" for offset, length in mismatches[:20])
             out.print(f"[bold red]{volume.name}: not equal[/] at {places}. Heal it with `cdp resync {volume.name}`.")
         else:
-            size = format_size(taken["bytes"])
+            size = size_text(taken["bytes"])
             out.print(f"{volume.name}: primary and replica are equal at seq {taken['last_seq']} ({size} compared).")
     if not equal:
         leave(NOT_EQUAL)

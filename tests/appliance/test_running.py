@@ -97,6 +97,9 @@ def test_export_is_the_point_and_never_overwrites(appliance: Appliance, tmp_path
     assert is_point(answer["point"]) and file.read_bytes() == read(appliance, "db@exported")
     assert error_of(appliance, 4, "export", "db@exported", str(file))["code"] == "exists"
     assert "out.raw" in appliance.cli("export", "db@exported", str(tmp_path / "sub-out.raw"))
+    quiet = appliance.run("export", "db@exported", str(tmp_path / "second.raw"))
+    assert quiet.stderr == "" and answer["point"]["time"] in quiet.stdout  # no bar where nobody looks
+    assert appliance.run("export", "db@exported", str(tmp_path / "no" / "x.raw")).returncode == 6
 
 
 def test_verify_compares_the_whole_volume(appliance: Appliance) -> None:
