@@ -31,6 +31,9 @@ IDLE_CHECKPOINT_SECONDS = 60.0
 SYNC_THREADS = 8
 # Readers are told at most so often, and after SYNC_SECONDS at the latest: it costs a write and a datagram.
 PUBLISH_NS = 5_000_000
+# With more than this written since the round before, syncs go to threads: the kernel's would take the time for it from
+# the loop's own processor.
+QUICK_BYTES = 1 << 20
 
 Answer = Callable[[OSError | None], None]
 
@@ -47,6 +50,7 @@ class Flusher:
         self._checkpoint_wanted = False
         self._last_checkpoint_ns = storage.monotonic_ns()
         self._published_ns = 0
+        self._dirty_before = 0  # the group's dirty bytes when the last round began
 
     def wait(self, volume: Volume | None, answer: Answer) -> None:
         """`answer` is called after a round that begins from here on: for a volume when it and the journal are
@@ -92,10 +96,13 @@ class Flusher:
         round_ = _Round(waiting, group.answered_seq if whole else 0)
         if whole:
             volumes = [v for v in group.volumes if v.dirty]
-            group.dirty_bytes = 0
             self._last_checkpoint_ns = storage.monotonic_ns()
         else:
             volumes = list({id(v): v for v, _ in waiting if v is not None and v.dirty}.values())
+        quick = not whole and group.dirty_bytes - self._dirty_before <= QUICK_BYTES
+        if whole:
+            group.dirty_bytes = 0
+        self._dirty_before = group.dirty_bytes
         round_.journal_ok = not group.journal_dead
         round_.failed = {v.id for v in group.volumes if v.sync_failed}
         token = group.begin_sync()
@@ -103,7 +110,7 @@ class Flusher:
         if token is not None:
             self._left += 1
             done = partial(self._journal_synced, round_, token)
-            if token.only_fd is not None:
+            if quick and token.only_fd is not None:
                 self._worker.sync(done, token.only_fd)
             else:
                 self._worker.submit(done, group.journal.sync, token)
@@ -112,7 +119,7 @@ class Flusher:
             done = partial(self._primary_synced, round_, volume)
             if not volume.primary.inline:
                 volume.primary.sync_later(done)
-            elif volume.primary.fd >= 0:
+            elif quick and volume.primary.fd >= 0:
                 self._worker.sync(done, volume.primary.fd)
             else:
                 self._worker.submit(done, volume.primary.sync)

@@ -22,8 +22,16 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Two rolls may follow each other sooner than the worker gets to prepare one.
 READY = 2
 # Files kept for later beyond those ready: what a consumer that acknowledges now and then frees at once is used up
-# again soon; more is given back to the file system.
+# again soon, and a sync in a new file costs twice one in a recycled file; more is given back to the file system.
 KEEP = 4
+# So much of the journal's largest size may be such files: a burst's worth, of space that the journal may use anyway.
+KEEP_SHARE = 8
+# A new file is filled with zeros where segments last longer than this: its blocks are then written ones, and a sync
+# need not sync the file system's journal. Where they are used up sooner the disk has no time for writing twice.
+QUIET_NS = 1_000_000_000
+# Zeros are written in such pieces: what one write brings into the page cache is one folio, and small writes into a
+# large one are dear.
+_ZEROS = bytes(64 << 10)
 # A roll without a spare waits for the worker's, if the journal may not grow: longer than any disk takes for two syncs.
 WAIT_SECONDS = 10.0
 
@@ -40,6 +48,8 @@ class Spares:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._max_bytes = max_bytes
+        self._keep = max(KEEP, max_bytes // KEEP_SHARE // segment_bytes)
+        self._taken_ns = storage.monotonic_ns()
         self._ready: deque[Spare] = deque()
         self._idle: deque[str] = deque()  # paths of freed segments and of files left over by an earlier life
         self._made: deque[Spare] = deque()  # from the worker
@@ -84,6 +94,7 @@ class Spares:
     def take(self, live_bytes: int) -> Spare:
         """A file for the next segment. Raises JournalFullError, OSError."""
         self._collect()
+        self._taken_ns = storage.monotonic_ns()
         if self._ready:
             return self._ready.popleft()
         if self._idle:
@@ -123,12 +134,13 @@ class Spares:
             wanted.append(self._idle.popleft())
         if not self._ready and not wanted and self._may_grow(live_bytes):
             wanted.append(None)
-        surplus = [self._idle.popleft() for _ in range(len(self._idle) - KEEP)]
+        surplus = [self._idle.popleft() for _ in range(len(self._idle) - self._keep)]
         if not wanted and not surplus:
             return None
         self._in_job = len(wanted)
         self._job_done.clear()
-        return lambda: self._run(wanted, surplus)
+        quiet = storage.monotonic_ns() - self._taken_ns >= QUIET_NS
+        return lambda: self._run(wanted, surplus, quiet)
 
     def full(self) -> JournalFullError:
         return JournalFullError(
@@ -155,16 +167,16 @@ class Spares:
         if done:
             self._in_job = 0  # what the job could not make is gone or will be found by the next start
 
-    def _run(self, wanted: list[str | None], surplus: list[str]) -> None:
+    def _run(self, wanted: list[str | None], surplus: list[str], quiet: bool) -> None:
         try:
             for path in surplus:
                 storage.unlink(path)
             for old in wanted:
-                self._made.append(self._make(old))
+                self._made.append(self._make(old, zeroed=quiet))
         finally:
             self._job_done.set()
 
-    def _make(self, old: str | None, size: int | None = None) -> Spare:
+    def _make(self, old: str | None, size: int | None = None, zeroed: bool = False) -> Spare:
         """Raises JournalFullError when the disk is full, OSError."""
         path = f"{self._folder}/{PREFIX}{storage.random_bytes(8).hex()}"
         if old is not None:
@@ -172,7 +184,7 @@ class Spares:
             storage.sync_folder(self._folder)
         fd = storage.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
-            self._allocate(fd, size or self._segment_bytes)
+            self._allocate(fd, size or self._segment_bytes, zeroed)
             storage.pwrite(fd, bytes(HEADER_PAGE_BYTES), 0)
             storage.fdatasync(fd)
         except OSError as e:
@@ -181,12 +193,14 @@ class Spares:
             raise disk_full(self._folder, e) from e
         return Spare(path, fd)
 
-    def _allocate(self, fd: int, wanted: int) -> None:
+    def _allocate(self, fd: int, wanted: int, zeroed: bool) -> None:
         size = storage.fstat(fd).st_size
         if size > wanted:
             storage.ftruncate(fd, wanted)
         elif size < wanted:
             storage.posix_fallocate(fd, 0, wanted)
+            for at in range(size, wanted if zeroed else size, len(_ZEROS)):
+                storage.pwrite(fd, _ZEROS[: wanted - at], at)
 
 
 def disk_full(folder: str, error: OSError) -> OSError | JournalFullError:

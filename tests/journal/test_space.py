@@ -12,6 +12,7 @@ from cdp import storage
 from cdp.errors import CorruptionError, JournalFullError, NotFoundError, StorageError, UsageError
 from cdp.journal import consumers
 from cdp.journal.batch import MAX_DATA_BYTES
+from cdp.journal.spares import KEEP_SHARE, READY, Spares
 from tests.journal import support
 
 SIZE = support.SEGMENT_BYTES
@@ -238,3 +239,33 @@ def test_position_that_a_power_cut_may_take_back_frees_nothing(tmp_path: Path) -
     path.write_bytes(bytes(1024))
     with pytest.raises(CorruptionError):
         consumers.positions(folder)
+
+
+def test_a_file_made_in_quiet_times_has_written_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then does a sync of what is written into it need no commit of the file system's own journal."""
+    written: list[int] = []
+    real = storage.pwrite
+    monkeypatch.setattr(storage, "pwrite", lambda fd, data, at: written.append(len(data)) or real(fd, data, at))
+    spares = Spares(str(tmp_path), support.SEGMENT_BYTES, support.MAX_BYTES)
+    for quiet in (False, True):
+        monkeypatch.setattr("cdp.journal.spares.QUIET_NS", 0 if quiet else 1 << 62)
+        written.clear()
+        job = spares.job(0)
+        assert job is not None
+        job()
+        assert (sum(written) >= support.SEGMENT_BYTES) == quiet
+        storage.close(spares.take(0).fd)
+    spares.close()
+
+
+def test_what_a_burst_used_is_kept_for_the_next_up_to_a_share_of_the_journal(tmp_path: Path) -> None:
+    spares = Spares(str(tmp_path), support.SEGMENT_BYTES, 80 * support.SEGMENT_BYTES)
+    for number in range(30):
+        path = tmp_path / f"segment-{number}"
+        path.write_bytes(bytes(support.SEGMENT_BYTES))
+        spares.give(str(path))
+    job = spares.job(0)
+    assert job is not None
+    job()
+    assert len(list(tmp_path.glob("spare-*"))) == 80 // KEEP_SHARE + READY
+    spares.close()
