@@ -58,8 +58,9 @@ class Replayer:
 
     def reset_history(self, after_seq: int = 0) -> None:
         """The way out of `forked`, of a hole and of damage: a new, empty history that begins behind `after_seq` of
-        whatever journal `reader_of` opens now; the replica files stay as they are. Each volume is `resyncing`, and offers no
-        point, until a gap of it ends in that journal. Raises CdpError, OSError; running again when it returns.
+        whatever journal `reader_of` opens now; the replica files stay as they are. Each volume is `resyncing`, and
+        offers no point, until a gap of it ends in that journal. Raises CdpError, OSError; running again when it
+        returns.
         """
         self.stop()
         old = restart.position_before_reset(self.folder, self.volumes)
@@ -145,8 +146,18 @@ class Replayer:
         return history.view(replica.files[number].fd, number, seq, size, applied_seq)
 
     def pin(self, seq: int, name: str = "pin") -> Pin:
-        """Keeps `seq` inside the window until it is released. Raises RefusedError (`busy`) when there are too many."""
-        return self.pins.add(seq, name)
+        """Keeps `seq` inside the window until it is released. Raises RefusedError: `busy` when there are too many,
+        `expired` when it has left the window already, `stopped`."""
+        pin = self.pins.add(seq, name)
+        try:
+            oldest_seq = self.history.oldest_seq
+            if seq < oldest_seq:
+                text = f"Seq {seq} has left the window, which begins at {oldest_seq}."
+                raise RefusedError(text, "Choose a younger point.", code="expired")
+        except RefusedError:
+            pin.release()
+            raise
+        return pin
 
     # --- figures
 

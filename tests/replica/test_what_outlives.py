@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cdp.errors import RefusedError
 from cdp.journal import batch as fmt
 from tests.replica.helpers import WAIT_SECONDS, rig
 
@@ -64,3 +65,6 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         with replayer._work.condition:
             assert replayer._work.condition.wait_for(lambda: replayer.history.oldest_seq > target, WAIT_SECONDS)
         assert end == r.feed.writer.last_seq
+        with pytest.raises(RefusedError, match="left the window") as refused:  # before a rollback begins with it
+            replayer.pin(target)
+        assert refused.value.code == "expired" and not replayer.pins.seqs()
