@@ -65,7 +65,7 @@ class Group:
         self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
         self._state_store = Store(f"{folder}/group.json", worker)
         self._published = journal.durable_seq
-        self._checkpointing = self._preparing = self._healed = False
+        self._checkpointing, self._preparing, self._healed = False, False, set[int]()
 
     # --- the journal
 
@@ -207,9 +207,9 @@ class Group:
         whether it is durable (promise 3). Blocks the loop for it, at most once a second; reads in the pool would see
         older content meanwhile, so they are let finish first.
         """
-        if self._healed or volume.cold_reads or not volume.primary.inline:
+        if volume.id in self._healed or volume.cold_reads or not volume.primary.inline:
             return
-        self._healed = True
+        self._healed.add(volume.id)
         writer = TailWriter({volume.id: volume}, self.refused)
         try:
             for found in self.journal.batches_after(self.checkpoint_seq):
@@ -234,7 +234,7 @@ class Group:
 
     def second(self) -> None:
         """Once a second: heartbeat, and another try at whatever stopped the group."""
-        self._healed = False
+        self._healed.clear()
         if any(volume.sync_failed for volume in self.volumes):
             self.flusher.want_checkpoint()
         if self.refuse and not self.journal_dead:

@@ -7,7 +7,6 @@ everything rarer. Upstream NBD, which is not inline, is in `primary_nbd`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat as stat_bits
@@ -42,7 +41,7 @@ class Primary(Protocol):
     def write(self, offset: int, data: bytes | memoryview) -> None: ...
     def zero(self, offset: int, length: int, punch: bool) -> None: ...
     def sync(self) -> None: ...
-    def extents(self, offset: int, end: int) -> list[Extent]: ...
+    def extents(self, offset: int, end: int, limit: int = MAX_EXTENTS) -> list[Extent]: ...
     def identity(self) -> dict[str, int | str]: ...
     def close(self) -> None: ...
 
@@ -78,7 +77,7 @@ class NonePrimary(InlinePrimary):
     def sync(self) -> None:
         pass
 
-    def extents(self, offset: int, end: int) -> list[Extent]:
+    def extents(self, offset: int, end: int, limit: int = MAX_EXTENTS) -> list[Extent]:
         return [(end - offset, True)]
 
     def identity(self) -> dict[str, int | str]:
@@ -144,13 +143,16 @@ class FilePrimary(InlinePrimary):
     def _probe_zero(self, size_bytes: int) -> bool:
         if self.is_device:
             return _device_zeroes(storage.fstat(self.fd).st_rdev)
-        before = storage.fstat(self.fd)
+        s = storage.fstat(self.fd)
+        times = (s.st_atime_ns, s.st_mtime_ns)
         try:
+            os.utime(self.fd, ns=times)
             storage.punch_hole(self.fd, size_bytes, storage.PAGE_BYTES)  # behind the end: changes nothing but …
+        except PermissionError:
+            return True  # another user's file: `zero` has its ways, and whoever cannot …
         except OSError:
             return False
-        with contextlib.suppress(PermissionError):  # … the mtime, which must go on telling who wrote it last
-            os.utime(self.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(self.fd, ns=times)  # … the mtime, which must go on telling who wrote it last, must not touch it
         return True
 
     def read(self, offset: int, length: int) -> bytes:
@@ -182,10 +184,10 @@ class FilePrimary(InlinePrimary):
     def sync(self) -> None:
         storage.fdatasync(self.fd)
 
-    def extents(self, offset: int, end: int) -> list[Extent]:
-        """(length, data?) of neighbouring stretches from `offset`, at most MAX_EXTENTS; may end before `end`."""
+    def extents(self, offset: int, end: int, limit: int = MAX_EXTENTS) -> list[Extent]:
+        """(length, data?) of neighbouring stretches from `offset`, about `limit` at most; may end before `end`."""
         found: list[Extent] = []
-        while offset < end and len(found) < MAX_EXTENTS:
+        while offset < end and len(found) < limit:
             start = self._seek(offset, storage.SEEK_DATA, end)
             if start > offset:
                 found.append((start - offset, False))

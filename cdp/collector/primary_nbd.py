@@ -100,7 +100,7 @@ class NbdPrimary:
         if self._client.flags & wire.SEND_FLUSH:
             self._client.flush()
 
-    def extents(self, offset: int, end: int) -> list[Extent]:
+    def extents(self, offset: int, end: int, limit: int = 1) -> list[Extent]:
         """All of it may be data; zeros are told apart when they are read."""
         return [(end - offset, True)]
 

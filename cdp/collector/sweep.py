@@ -71,7 +71,8 @@ class Sweep:
                 return self._done(None)
             self._at, self._end = region[0], region[0] + region[1]
         try:
-            stretch, is_data = self._volume.primary.extents(self._at, min(self._end, self._at + HOLE_BYTES))[0]
+            end = min(self._end, self._at + HOLE_BYTES)
+            stretch, is_data = self._volume.primary.extents(self._at, end, 1)[0]
         except OSError as e:
             return self._fail(e)
         if not is_data:

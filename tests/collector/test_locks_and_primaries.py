@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cdp import storage
 from cdp.collector.locks import lock_primary
 from cdp.collector.primary import FilePrimary
 from cdp.errors import ConfigError, RefusedError
@@ -43,6 +44,27 @@ def test_punch_makes_holes_and_no_hole_keeps_the_space(tmp_path: Path) -> None:
     primary.zero(3, 7, punch=True)
     assert primary.read(0, 12) == b"xxx" + bytes(7) + b"xx"
     primary.close()
+
+
+def test_asking_what_zeroing_costs_leaves_the_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting again: the mtime says who wrote last, also on another user's file, whose mtime cannot be put back."""
+    path = tmp_path / "db.raw"
+    path.write_bytes(bytes(MIB))
+    os.utime(path, ns=(10**18, 10**18))
+
+    def not_ours(fd: int, ns: tuple[int, int]) -> None:
+        raise PermissionError
+
+    def punched(fd: int, offset: int, length: int) -> None:
+        os.truncate(fd, MIB)  # as file systems that stamp the file for it do
+
+    for utime in (os.utime, not_ours):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "utime", utime)
+            patch.setattr(storage, "punch_hole", punched)
+            primary = FilePrimary(str(path), MIB)
+            assert primary.can_zero and primary.identity()["mtime_ns"] == 10**18
+            primary.close()
 
 
 def test_a_file_is_opened_once(tmp_path: Path) -> None:
