@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from datetime import UTC
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from appliance import paths
-from appliance.cli.context import Json, client, config, emit, err, named, out, zone
+from appliance.cli.context import Json, client, config, emit, err, named, out, when, zone
 from appliance.settings import rollback_settings
 from cdp import storage
 from cdp.config import Group, Volume
 from cdp.errors import NotFoundError, RefusedError, UnreachableError, UsageError, from_dict
 from cdp.recovery import job as jobs
 from cdp.recovery.plan import Plan, Space, plan
-from cdp.recovery.times import zone_named
+from cdp.recovery.times import parse_iso, read_in, zone_named
 
 # Between two looks at a job: a progress bar that moves, at no cost.
 POLL_SECONDS = 0.1
@@ -180,7 +181,9 @@ def _report(job: dict[str, Any]) -> None:
     elif job["direction"] == jobs.UNDO:
         out.print(f"The rollback of {names} was undone: it is as it was when the rollback began.")
     else:
-        out.print(f"[green]{names}[/] is as it was at seq {job['target']['seq']} ({job['target']['time']}), proven.")
+        target, written = job["target"], parse_iso(job["target"]["time"] or "")
+        at = f", {when(read_in(written, UTC).times_ns[0])}" if written else ""
+        out.print(f"[green]{names}[/] is as it was at seq {target['seq']}{at}, proven.")
         out.print(f"{job['bytes'] or 0:,} bytes in {job['extents'] or 0:,} extents were written.")
     if job["bookmark"]:
         out.print(f"The state before it is the bookmark [bold]{job['bookmark']}[/].")
