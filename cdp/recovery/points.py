@@ -114,7 +114,7 @@ class _Resolution:
     def run(self) -> Resolved:
         seq, asked_ns = self._place()
         if self.expression.barrier:
-            barrier = self.timeline.barrier_before(seq, self.volume)
+            barrier = self._guests_barrier(seq)
             if barrier is None or barrier.seq < self.oldest.seq:
                 why = "there is no barrier at or before it inside the window"
                 self._refuse("outside_window", why, self.oldest.seq - 1)
@@ -132,6 +132,13 @@ class _Resolution:
             return self._at_bookmark(place.name), None
         time_ns = max(0, self.now_ns - place.ns) if isinstance(place, Ago) else self._read(place)
         return self._at_time(time_ns), time_ns
+
+    def _guests_barrier(self, seq: int) -> PointLike | None:
+        """The last one at or before a seq that is not a rollback's own: no guest said anything while it copied."""
+        barrier = self.timeline.barrier_before(seq, self.volume)
+        while barrier is not None and (gap := self._gap_of(barrier.seq)) is not None and _is_rollback(gap):
+            barrier = self.timeline.barrier_before(gap.from_seq - 1, self.volume)
+        return barrier
 
     # --- the kinds of place
 
