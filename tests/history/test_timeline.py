@@ -110,7 +110,8 @@ def test_all_kinds(group: Group, how: str) -> None:
     assert timeline.barrier_before(19, 1) == Point(7, timeline.time_of(7))
     assert [timeline.whole_request(seq) for seq in (7, 8, 9, 10, 11)] == [7, 7, 7, 10, 11]
     assert timeline.gaps(1) == [
-        Gap(1, 11, 13, "resync", "hello"), Gap(1, 16, 17, "rollback", "a rollback to seq 3 was being copied; x is the state before it"),
+        Gap(1, 11, 13, "resync", "hello"),
+        Gap(1, 16, 17, "rollback", "a rollback to seq 3 was being copied; x is the state before it"),
     ]  # fmt: skip
     assert [(g.from_seq, g.to_seq) for g in timeline.gaps(0)] == [(12, 14), (16, 17), (19, None)]
     assert [(r.begin, r.end, r.target_seq) for r in timeline.rollbacks()] == [(15, 17, 3)]
