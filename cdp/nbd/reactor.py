@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Reactor:
         self._soon: deque[Callable[[], None]] = deque()
         self._credit = 0
         self._closed = False
+        self._ending = threading.RLock()  # a `stop` from elsewhere never meets a closed descriptor
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.add_reader(self._wake, self._woken)
         self.every(_MAX_SLEEP_SECONDS, lambda: None)  # there is always a timer
@@ -65,8 +67,9 @@ class Reactor:
     def stop(self) -> None:
         """Ends `run`. From any thread, and from a signal handler."""
         self.stopping = True
-        if not self._closed:
-            os.eventfd_write(self._wake, 1)
+        with self._ending:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)
@@ -103,6 +106,7 @@ class Reactor:
 
     def close(self) -> None:
         """Nothing is watched any more."""
-        self._closed = True
-        self.epoll.close()
-        os.close(self._wake)
+        with self._ending:
+            self._closed = True
+            self.epoll.close()
+            os.close(self._wake)
