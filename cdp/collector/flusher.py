@@ -103,9 +103,9 @@ class Flusher:
         if whole:
             group.dirty_bytes = 0
         self._dirty_before = group.dirty_bytes
-        round_.journal_ok = not group.journal_dead
         round_.failed = {v.id for v in group.volumes if v.sync_failed}
         token = group.begin_sync()
+        round_.journal_ok = not group.journal_dead  # known only now: `begin_sync` may have found it so
         self._left = 1 + len(volumes)  # one for this function: a round never ends inside its own loop
         if token is not None:
             self._left += 1

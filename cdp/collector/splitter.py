@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 1 << 20
 # What one batch may hold, with room for what is still added to it.
 _BATCH_BYTES = batch.MAX_DATA_BYTES - PIECE_BYTES
-_BATCH_RECORDS = batch.MAX_RECORDS // 2
 # Bytes of READs that may be answered in the loop in one receive; more is read by the pool.
 _INLINE_READ_BYTES = 1 << 20
 # So many reads in a row that were not cached say that the next will not be either; every so many is tried again.

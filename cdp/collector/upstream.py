@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cdp.collector.primary_nbd import NbdPrimary, Operation
-from cdp.collector.volume import Volume
+from cdp.collector.volume import UNREACHABLE, Volume
 from cdp.errors import StorageError
 from cdp.journal import batch
 from cdp.nbd import wire
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cdp.collector.group import Group
 
 log = logging.getLogger(__name__)
-UNREACHABLE = "primary_unreachable"
 
 
 class Upstream:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cdp.nbd.connection import Connection
 
 Reason = dict[str, str]  # {"code", "text"}
+UNREACHABLE = "primary_unreachable"  # the code of an upstream that is away
 
 
 @dataclass(frozen=True)

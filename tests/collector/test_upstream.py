@@ -82,6 +82,8 @@ def test_outage_gets_the_tail_before_anything_else(tmp_path: Path, upstream: Qem
         upstream.kill()
         away = runner.wait_for("away", lambda f: f["volumes"]["db"]["reason"])
         assert away["volumes"]["db"]["reason"]["code"] == "primary_unreachable"
+        assert qemu_io(runner, "flush").returncode != 0
+        assert runner.figures()["volumes"]["db"]["reason"]["code"] == "primary_unreachable"
         with upstream.path.open("r+b") as f:  # what a power cut takes back
             f.write(bytes(2 * MIB))
         load.kill()
