@@ -135,9 +135,9 @@ class Flusher:
     def _primary_synced(self, round_: _Round, volume: Volume, _: object, error: BaseException | None) -> None:
         if error is not None:
             round_.failed.add(volume.id)
-            self._group.primary_sync_failed(volume, error)
+            volume.sync_went_wrong(error)
         elif volume.id not in round_.failed:
-            self._group.primary_synced(volume)
+            volume.synced_again()
         self._one_less(round_)
 
     def _one_less(self, round_: _Round) -> None:

@@ -18,7 +18,7 @@ from cdp.collector.flusher import Flusher
 from cdp.collector.refused import RefusedWrites
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
-from cdp.collector.volume import UNREACHABLE, Reason, Volume
+from cdp.collector.volume import Reason, Volume
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch, consumers
 from cdp.journal.writer import JournalWriter
@@ -190,19 +190,6 @@ class Group:
             return False
         log.error("group %s: a sync of the journal failed (%s); it goes on in a new segment", self.name, error)
         return True
-
-    def primary_sync_failed(self, volume: Volume, error: BaseException) -> None:
-        volume.dirty = volume.sync_failed = True
-        if volume.reason is not None and volume.reason["code"] in ("sync_failed", UNREACHABLE):
-            return  # it is said, once; that it cannot be reached says more
-        text = f"The primary of {volume.name} could not be synced: {error}. What it took is written again."
-        log.error("%s", text)
-        volume.reason = {"code": "sync_failed", "text": text}
-
-    def primary_synced(self, volume: Volume) -> None:
-        if volume.reason is not None and volume.reason["code"] == "sync_failed":
-            log.warning("volume %s: the primary is synced again", volume.name)
-            volume.reason = None
 
     def heal(self, volume: Volume) -> None:
         """Before a round: what the primary took since the checkpoint is written again, so that the round's sync says

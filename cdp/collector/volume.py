@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from cdp.nbd.connection import Connection
 
 Reason = dict[str, str]  # {"code", "text"}
-UNREACHABLE = "primary_unreachable"  # the code of an upstream that is away
+# Codes of reasons: an upstream that is away, a primary that could not be synced.
+UNREACHABLE, SYNC_FAILED = "primary_unreachable", "sync_failed"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ class Volume:
     def opens_with(self, secret: str) -> bool:
         """Whether `secret` is the one that holds the volume's rollback lock."""
         return self.lock is not None and hmac.compare_digest(self.lock, secret_hash(secret))
+
+    def sync_went_wrong(self, error: BaseException) -> None:
+        """Flushes fail until what the primary took since the checkpoint is written again and synced (promise 3)."""
+        self.dirty = self.sync_failed = True
+        if self.reason is not None and self.reason["code"] in (SYNC_FAILED, UNREACHABLE):
+            return  # it is said, once; that it cannot be reached says more
+        text = f"The primary of {self.name} could not be synced: {error}. What it took is written again."
+        log.error("%s", text)
+        self.reason = {"code": SYNC_FAILED, "text": text}
+
+    def synced_again(self) -> None:
+        """A sync succeeded: what was said of one that did not is over."""
+        if self.reason is not None and self.reason["code"] == SYNC_FAILED:
+            log.warning("volume %s: the primary is synced again", self.name)
+            self.reason = None
 
     def figures(self) -> dict[str, Any]:
         """See Control in ARCHITECTURE.md."""
