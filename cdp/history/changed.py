@@ -15,7 +15,6 @@ _MAP_BYTES_A_BLOCK = 32
 _MAP_BLOCKS = 1 << 26
 # Sorted arrays are merged when they have doubled, from this many blocks on (8 MiB).
 _MERGE_BLOCKS = 1 << 20
-_LAST_OF_RUN = RUN_BLOCKS - 1
 
 
 def changed_blocks(log: UndoLog, volume: int, after_seq: int, up_to_seq: int) -> tuple[Array, Array]:

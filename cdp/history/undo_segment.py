@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -209,8 +208,3 @@ def _last_bytes(buffers: Sequence[Buffer], count: int) -> bytes:
         found.append(part)
         count -= len(part)
     return b"".join(reversed(found))
-
-
-def open_flags(write: bool) -> int:
-    """Flags for `Descriptor`."""
-    return os.O_RDWR if write else os.O_RDONLY
