@@ -128,7 +128,7 @@ class Flusher:
     def _journal_synced(self, round_: _Round, token: Any, _: object, error: BaseException | None) -> None:
         if error is not None:
             round_.journal_ok = self._group.journal_sync_failed(token, error)
-        elif not self._group.journal_dead:
+        else:
             self._group.journal.end_sync(token)
         self._one_less(round_)
 

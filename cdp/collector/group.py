@@ -16,6 +16,7 @@ from cdp import storage
 from cdp.collector.bookmarks import Bookmarks
 from cdp.collector.flusher import Flusher
 from cdp.collector.refused import RefusedWrites
+from cdp.collector.reopening import Reopening
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
 from cdp.collector.volume import Reason, Volume
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 NewRecord = tuple[int, int, int, int, int, "bytes | memoryview"]
 # The consumer that stands for the primaries: the journal since the checkpoint is written again at a start.
 CHECKPOINT_CONSUMER = "primary"
+JOURNAL_FAILED = "journal_failed"
 _WORST_FIRST = ("stopped", "rolling_back", "resyncing", "syncing")
 
 
@@ -65,6 +67,8 @@ class Group:
         self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
         self._state_store = Store(f"{folder}/group.json", worker)
         self._published = journal.durable_seq
+        self._reopening = Reopening(self, worker)
+        self.journal_sync_failed = self._reopening.after_failed_sync
         self._checkpointing, self._preparing, self._healed = False, False, set[int]()
 
     # --- the journal
@@ -78,7 +82,7 @@ class Group:
     def append(self, records: list[NewRecord]) -> int:
         """Appends one batch; its first seq. Raises StorageError, JournalFullError (the group is stopped by then)."""
         if self.journal_dead:
-            raise StorageError(f"The journal of {self.name} is stopped.", "Start the collector again.")
+            raise StorageError(f"The journal of {self.name} failed.", "It goes on by itself when it can be written.")
         pack = batch.DESCRIPTOR.pack
         data = [r[5] for r in records if r[5]]
         descriptors = b"".join(pack(k, f, v, len(d), o, n) for k, f, v, o, n, d in records)
@@ -142,7 +146,7 @@ class Group:
     def release(self) -> None:
         """Frees the journal that nobody needs; what keeps it from that is logged, and tried again later."""
         try:
-            if not self.journal_dead:
+            if not self._reopening.under_way:
                 self.journal.release()
         except (OSError, StorageError) as e:
             log.error("group %s: its journal cannot be freed: %s", self.name, e)
@@ -158,8 +162,8 @@ class Group:
         return next((s for s in _WORST_FIRST if s in states), "protected")
 
     def stop(self, code: str, text: str, number: int = errno.EIO) -> None:
-        """Refuses writes from here on. A dead journal's reason is not replaced."""
-        if self.journal_dead and self.refuse:
+        """Refuses writes from here on. A dead journal's reason gives way to no other."""
+        if self.journal_dead and code != JOURNAL_FAILED:
             return
         if self.reason is None or self.reason["code"] != code:
             log.error("group %s stopped (%s): %s", self.name, code, text)
@@ -171,25 +175,10 @@ class Group:
         self.refuse, self.reason = 0, None
 
     def journal_died(self, error: BaseException) -> None:
-        """The writer cannot go on; nothing is journaled, so nothing is written, until the next start."""
+        """Nothing can be journaled, so nothing is written, until a new segment takes what is not durable."""
         self.journal_dead = True
-        self.refuse = 0
-        self.stop("journal_failed", f"The journal of {self.name} failed: {error}. Start the collector again.")
-
-    def journal_sync_failed(self, token: Any, error: BaseException) -> bool:
-        """What was to be durable is not: that file is never trusted again (promise 3).
-
-        The journal goes on in a new segment, into which what was lost is written again; True: all of it is durable.
-        """
-        with contextlib.suppress(OSError):
-            self.journal.end_sync(token, error)
-        try:
-            self.journal.reopen_after_failure()
-        except (OSError, StorageError) as e:
-            self.journal_died(e)
-            return False
-        log.error("group %s: a sync of the journal failed (%s); it goes on in a new segment", self.name, error)
-        return True
+        text = f"The journal of {self.name} failed: {error}. A new segment is tried every second."
+        self.stop(JOURNAL_FAILED, text)
 
     def heal(self, volume: Volume) -> None:
         """Before a round: what the primary took since the checkpoint is written again, so that the round's sync says
@@ -226,17 +215,23 @@ class Group:
         self._healed.clear()
         if any(volume.sync_failed for volume in self.volumes):
             self.flusher.want_checkpoint()
-        if self.refuse and not self.journal_dead:
+        if self.refuse:
             self._try_again()
-        elif not self.active and not self.journal_dead:
+        elif not self.active:
             self.try_append([(batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")])
         self.active = False
 
     def _try_again(self) -> None:
-        self.flusher.want_checkpoint()
         self.release()
+        if self.journal_dead:
+            return self._reopening.attempt()
+        self.flusher.want_checkpoint()
         if self.reason and self.reason["code"] == "journal_full" and not self.journal.has_room:
             return  # a heartbeat would fit, and the next write stop the group again
+        self.append_again()
+
+    def append_again(self) -> None:
+        """Goes on if the journal takes something, and what was refused could be read back."""
         first, heartbeat = self.first_records, (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
         if self.try_append(first or [heartbeat]):
             self.first_records = []

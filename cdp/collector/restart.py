@@ -166,9 +166,10 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
         note_rollback(group.volumes, note)
     group.hold_checkpoint = any(v.doubt for v in group.volumes)
     group.first_records = _first_records(group)
+    group.checkpoint_seq = after_seq
     group.begin()
     if not group.journal_dead:
-        _make_durable(group, checkpoint)
+        _make_durable(group)
 
 
 def _write_tail(group: Group, writer: tail.TailWriter, after_seq: int) -> None:
@@ -233,7 +234,7 @@ def _first_records(group: Group) -> list[NewRecord]:
     return records
 
 
-def _make_durable(group: Group, before: Checkpoint | None) -> None:
+def _make_durable(group: Group) -> None:
     """Everything that was written is synced, readers may see it, and the next start begins here."""
     journal = group.journal
     token = journal.begin_sync()
@@ -248,7 +249,6 @@ def _make_durable(group: Group, before: Checkpoint | None) -> None:
         volume.dirty = False
     group.publish()
     group.save_state_now()
-    group.checkpoint_seq = before["seq"] if before else 0
     if group.hold_checkpoint:
         return  # the journal behind the old one is kept
     if group.refusals.first_seq is not None:

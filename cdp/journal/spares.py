@@ -88,8 +88,16 @@ class Spares:
             storage.unlink(spare.path)
 
     def new(self, size: int) -> Spare:
-        """A new file of its own size. Raises JournalFullError (the disk), OSError."""
-        return self._make(None, size)
+        """A new file of its own size; on a full disk the files kept for later make room for it.
+
+        Raises JournalFullError (the disk), OSError.
+        """
+        while True:
+            try:
+                return self._make(None, size)
+            except JournalFullError:
+                if not self._remove_one():
+                    raise
 
     def take(self, live_bytes: int) -> Spare:
         """A file for the next segment. Raises JournalFullError, OSError."""
@@ -115,13 +123,19 @@ class Spares:
                 "Raise journal.max_size.",
             )
         while live_bytes + self.bytes + size > self._max_bytes:  # files kept for later must not keep it out
-            if self._idle:
-                storage.unlink(self._idle.popleft())
-            elif self._ready:
-                self.drop(self._ready.popleft())
-            else:
+            if not self._remove_one():
                 raise self.full()
         return self._make(None, size)
+
+    def _remove_one(self) -> bool:
+        """One file less that was kept for later; False if there is none."""
+        if self._idle:
+            storage.unlink(self._idle.popleft())
+        elif self._ready:
+            self.drop(self._ready.popleft())
+        else:
+            return False
+        return True
 
     def job(self, live_bytes: int) -> Callable[[], None] | None:
         """What a worker should do now, if anything; one at a time. What it raises (OSError, JournalFullError) may

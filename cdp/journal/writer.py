@@ -1,7 +1,7 @@
 """The only writer of a journal folder: appends batches to segment files, on the collector's hot path.
 
-Nothing here blocks on a sync but the start and `reopen_after_failure`. The loop's thread calls everything except
-`sync` and what `prepare` returns, which are for a worker.
+Nothing here blocks on a sync but the start, `rewrite` and `adopt`. The loop's thread calls everything except `sync`,
+`rewrite` and what `prepare` returns, which are for a worker.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cdp.journal.position import DurablePosition
 from cdp.journal.publisher import Mark, Publisher
 from cdp.journal.reader import batches_between
 from cdp.journal.recovery import Recovery
+from cdp.journal.rewriting import Rewritten, rewrite, room_for
 from cdp.journal.segment import FRAME_BYTES, HEADER_PAGE_BYTES, SALT_BYTES, SegmentHeader, segment_name
 from cdp.journal.segment_writer import Buffer, SegmentWriter, cut
 from cdp.journal.spares import Spare, Spares, disk_full
@@ -229,43 +230,51 @@ class JournalWriter:
     def end_sync(self, token: SyncToken, error: BaseException | None = None) -> int:
         """Back on the loop, also after a `sync` that raised: the highest durable seq. Raises OSError if it failed.
 
-        Who has synced a token's `only_fd` without `sync` gives its error here.
+        Who has synced a token's `only_fd` without `sync` gives its error here. What a good sync covers is durable
+        even where an append has failed meanwhile.
         """
         self._syncs.finish(token)
-        self._failure = self._failure or self._sync_failure or error
-        if self._failure is not None:
+        self._sync_failure = self._sync_failure or error
+        if self._sync_failure is not None:
+            self._failure = self._failure or self._sync_failure
             raise self._dead()
         if token.seq > self.durable_seq:
             self.durable_seq, self._durable_crc, self._durable_order_ns = token.seq, token.crc, token.order_ns
         return self.durable_seq
 
+    @property
+    def syncing(self) -> bool:
+        """Whether a token is out."""
+        return self._syncs.under_way > 0
+
     def reopen_after_failure(self) -> None:
-        """Goes on in a new segment, to which everything that was appended and is not durable is written again and
-        synced (promise 3). Blocks for it; no sync may be under way, nothing is appended meanwhile.
+        """`rewrite` and `adopt` in one; blocks."""
+        self.adopt(self.rewrite())
+
+    def rewrite(self) -> Rewritten:
+        """Everything that was appended and is not durable, written to a new segment and synced (promise 3). Blocks,
+        and may do so on a worker's thread: no sync may be under way, and nothing is called before `adopt`.
 
         Raises CorruptionError when the page cache has not kept it, JournalFullError, OSError: the writer stays dead.
         """
-        batches = list(self.batches_after(self.durable_seq, header_only=True))
-        room = HEADER_PAGE_BYTES + sum(FRAME_BYTES + b.batch_bytes for b in batches)
-        room = max(self.segment_bytes, room + -room % storage.PAGE_BYTES)
+        room = max(self.segment_bytes, room_for(self.batches_after(self.durable_seq, header_only=True)))
         header = self._header(self.durable_seq, self._durable_crc, self._durable_order_ns)
         spare = self._spares.new(room)
-        segment = SegmentWriter(self.folder, spare.fd, header)
-        marks = []
         try:
-            for batch in self.batches_after(self.durable_seq):
-                segment.write(bytes(batch.raw[:HEADER_BYTES]), [batch.raw[HEADER_BYTES:]])
-                order_ns = batch.order_ns + batch.record_count - 1
-                marks.append(Mark(batch.last_seq, batch.crc, order_ns, header.first_seq, segment.end))
-            if not marks:
-                segment.write_header()
-            storage.fdatasync(spare.fd)
-            storage.rename(spare.path, self._path(header.first_seq))
-            storage.sync_folder(self.folder)
+            return rewrite(self.folder, spare, room, header, self.batches_after(self.durable_seq))
         except BaseException:
             self._spares.drop(spare)
             raise
-        self._replace_current(segment, room, marks)
+
+    def adopt(self, rewritten: Rewritten) -> None:
+        """On the loop: the writer goes on in that segment. Raises OSError: the writer stays dead."""
+        try:
+            storage.rename(rewritten.spare.path, self._path(rewritten.segment.first_seq))
+            storage.sync_folder(self.folder)
+        except BaseException:
+            self._spares.drop(rewritten.spare)
+            raise
+        self._replace_current(rewritten.segment, rewritten.bytes, rewritten.marks)
 
     def _replace_current(self, segment: SegmentWriter, size: int, marks: list[Mark]) -> None:
         """The rewritten segment takes the place of all that had bytes which are not durable."""
@@ -323,7 +332,8 @@ class JournalWriter:
             follower = self._segments[1].first_seq if len(self._segments) > 1 else self._current.first_seq
             if follower - 1 > needed:
                 break
-            self._spares.give(self._path(self._segments.popleft().first_seq))
+            self._spares.give(self._path(self._segments[0].first_seq))
+            self._segments.popleft()
 
     def close(self) -> None:
         """Closes the files; syncs nothing. No sync may be under way."""

@@ -1,6 +1,6 @@
 """A collector in a process of its own for the tests: loop and collector, commands as JSON lines on stdin.
 
-Started with one JSON argument: state, listen, groups, segment_bytes, max_bytes, and `faults` (see `arrange`).
+Started with one JSON argument: state, listen, groups, segment_bytes, max_bytes, and faults of the disk.
 """
 
 from __future__ import annotations
@@ -36,6 +36,19 @@ class SlowSyncs:
         self.real(fd)
 
 
+class FailingWrites:
+    """A disk that refuses what is gathered for some files, while `fail_file` is there."""
+
+    def __init__(self, part: str, fail_file: str) -> None:
+        self.part, self.fail_file = part, fail_file
+        self.real = storage.pwritev
+
+    def __call__(self, fd: int, pieces: list[bytes], offset: int) -> int:
+        if os.path.exists(self.fail_file) and self.part in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "the disk failed")
+        return self.real(fd, pieces, offset)
+
+
 def answer(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
@@ -46,6 +59,8 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=config.get("log_level", "WARNING"))
     if faults := config.get("slow_sync"):
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
+    if faults := config.get("failing_writes"):
+        storage.pwritev = FailingWrites(faults["part"], faults["fail_file"])
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
         GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))

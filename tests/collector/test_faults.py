@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cdp.journal import batch
-from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
+from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
 
 
 @pytest.fixture
@@ -123,6 +123,59 @@ def test_failed_sync_of_the_journal_goes_on_in_a_new_segment(tmp_path: Path) -> 
         runner.start()
         assert qemu_io(runner, "read -P 2 0 64k", "read -P 3 64k 4k").returncode == 0
     assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
+
+
+def test_failed_append_goes_on_in_a_new_segment_by_itself(tmp_path: Path) -> None:
+    """Promise 3: what was acknowledged is in the new segment, what was refused is nowhere, and writes go on."""
+    fail = tmp_path / "fail"
+    writes = {"part": "/segment-00000000000000000001", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes) as runner:
+        assert qemu_io(runner, "write -P 2 0 64k", "flush", "write -P 3 64k 4k").returncode == 0
+        fail.touch()  # that file stays bad
+        assert "Input/output error" in qemu_io(runner, "write -P 4 0 64k").stdout
+        runner.wait_for("a new segment", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "write -P 5 128k 4k", "flush", "read -P 2 0 64k", "read -P 3 64k 4k").returncode == 0
+        runner.kill()
+        runner.start()
+        assert qemu_io(runner, "read -P 2 0 64k", "read -P 5 128k 4k").returncode == 0
+    assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
+
+
+def test_journal_disk_that_fails_stops_the_group_for_as_long(tmp_path: Path) -> None:
+    """Promise 3: `stopped` with its reason, reads served, writes and flushes refused, until appends work again."""
+    fail = tmp_path / "fail"
+    writes = {"part": "/journal/", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes) as runner:
+        assert qemu_io(runner, "write -P 2 0 64k").returncode == 0
+        fail.touch()
+        for _ in range(2):
+            assert "Input/output error" in qemu_io(runner, "write -P 4 0 64k").stdout
+        assert qemu_io(runner, "flush").returncode != 0
+        figures = runner.figures()
+        assert (figures["state"], figures["reason"]["code"]) == ("stopped", "journal_failed")
+        assert qemu_io(runner, "read -P 2 0 64k").returncode == 0
+        assert refusal(lambda: runner.command("bookmark", group="shop", name="a")).code == "stopped"
+        fail.unlink()
+        runner.wait_for("appends", lambda f: f["state"] == "protected" and f["reason"] is None)
+        assert qemu_io(runner, "write -P 6 1M 64k", "flush", "read -P 2 0 64k").returncode == 0
+        runner.command("bookmark", group="shop", name="a")
+    assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
+
+
+def test_start_on_a_failing_journal_disk_waits_for_it(tmp_path: Path) -> None:
+    """What every life begins with is journaled once the disk takes it."""
+    fail = tmp_path / "fail"
+    writes = {"part": "/segment-", "fail_file": str(fail)}
+    runner = Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes)
+    fail.touch()
+    with runner:
+        assert runner.figures()["reason"]["code"] == "journal_failed"
+        fail.unlink()
+        runner.wait_for("appends", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "write -P 6 1M 64k", "flush").returncode == 0
+    journal = Journal(runner.journal, {0: 8 * MIB})
+    assert journal.records[0].kind == batch.RESIZE
+    assert bytes(journal.images[0]) == (tmp_path / "db.raw").read_bytes()
 
 
 def test_full_journal_stops_writes_and_goes_on_by_itself(tmp_path: Path) -> None:

@@ -138,6 +138,33 @@ def test_failed_write_goes_on_in_a_new_segment(tmp_path: Path, monkeypatch: pyte
     writer.close()
 
 
+def test_a_sync_counts_that_ends_well_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 3: the sync under way has made durable what it covers, and its end lets the rewriting begin."""
+    writer = support.open_writer(tmp_path / "j", 1)
+    support.append(writer, 500)
+    token = writer.begin_sync()
+    assert token is not None and writer.syncing
+    support.append(writer, 600)
+
+    def broken(fd: int, pieces: list[bytes], offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "pwritev", broken)
+    with pytest.raises(OSError):
+        support.append(writer, 500)
+    monkeypatch.undo()
+    writer.sync(token)
+    assert writer.end_sync(token) == 1 and not writer.syncing
+    with pytest.raises(OSError, match="takes nothing more"):
+        support.append(writer, 1)
+    rewritten = writer.rewrite()
+    assert rewritten.segment.first_seq == 2
+    writer.adopt(rewritten)
+    writer.publish(2)
+    assert writer.durable_seq == 2 and support.read_all(tmp_path / "j").seq == 2
+    writer.close()
+
+
 def test_short_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         storage, "pwritev", lambda fd, pieces, offset: os.pwrite(fd, b"".join(pieces)[:777], offset)
