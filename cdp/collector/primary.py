@@ -168,7 +168,17 @@ class FilePrimary(InlinePrimary):
             view = view[done:]
 
     def zero(self, offset: int, length: int, punch: bool) -> None:
-        """Reads as zeros afterwards; `punch`: its space may be given back, else it stays allocated."""
+        """Reads as zeros afterwards; `punch`: its space may be given back, else it stays allocated.
+
+        A device zeroes whole blocks: what is cut off at the two ends is written, so the work is bounded by these.
+        """
+        if self.is_device and self.can_zero:
+            start, end = offset + -offset % storage.PAGE_BYTES, offset + length
+            end -= end % storage.PAGE_BYTES
+            if start < end:
+                self.write(offset, memoryview(_ZEROS)[: start - offset])
+                self.write(end, memoryview(_ZEROS)[: offset + length - end])
+                offset, length = start, end - start
         ways: list[Callable[[int, int, int], None]] = (
             [storage.punch_hole, storage.zero_range] if punch else [storage.zero_range, _punch_and_allocate]
         )

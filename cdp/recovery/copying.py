@@ -28,6 +28,7 @@ _ZERO_BYTES, _ASK_BYTES = 1 << 30, 1 << 20
 # Places that differ after a copy: more of them say no more.
 _MAX_UNEQUAL = 1000
 _DIFFERS = 1
+_ZEROS = memoryview(bytes(PIECE_BYTES))
 Extents = list[tuple[int, int]]
 
 
@@ -133,17 +134,24 @@ class Copier:
         """Copies what differs from offset `start` on; yields the offset up to which it is durable, now and then and
         at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
         reads, writes = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
+        can_zero = bool(self.target.flags & wire.SEND_WRITE_ZEROES)
         done = since = 0
+
+        def zeros(offset: int, length: int) -> None:
+            if can_zero:
+                return writes.zero(offset, length)
+            for at in range(offset, offset + length, PIECE_BYTES):
+                writes.write(at, _ZEROS[: offset + length - at])
 
         def write(offset: int, content: bytearray) -> None:
             if _is_zero(content):
-                writes.zero(offset, len(content))
+                zeros(offset, len(content))
             else:
                 writes.write(offset, content)
 
         for offset, length, zero in pieces(with_zeros(self.source, ranges(self.changes, start))):
             if zero:
-                writes.zero(offset, length)
+                zeros(offset, length)
             else:
                 reads.read(offset, length, write)
             done, since = done + length, since + length

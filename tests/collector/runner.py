@@ -49,6 +49,11 @@ class FailingWrites:
         return self.real(fd, pieces, offset)
 
 
+def no_zeroing(fd: int, offset: int, length: int) -> None:
+    """A file system that can neither punch holes nor zero ranges."""
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
 def answer(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
@@ -61,6 +66,8 @@ def main() -> None:
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
     if faults := config.get("failing_writes"):
         storage.pwritev = FailingWrites(faults["part"], faults["fail_file"])
+    if config.get("no_zeroing"):
+        storage.punch_hole = storage.zero_range = no_zeroing
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
         GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))

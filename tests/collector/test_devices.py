@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cdp import storage
+from cdp.collector.primary import FilePrimary
 from cdp.journal import batch
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
 
@@ -51,6 +53,31 @@ def test_a_device_is_synced_written_trimmed_killed_and_proved(tmp_path: Path, de
     journal = Journal(runner.journal, {0: SIZE})
     assert bytes(journal.images[0]) == content(device)
     assert journal.of(batch.VERIFY)
+
+
+def test_zeroing_at_any_alignment_writes_less_than_two_blocks(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 9: what one request makes the loop write does not grow with its length."""
+    primary = FilePrimary(device, SIZE)
+    expected, written = bytearray(content(device)), 0
+    real = storage.pwrite
+
+    def counted(fd: int, data: bytes, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(storage, "pwrite", counted)
+    assert primary.can_zero
+    for offset, length in ((100, 9 * MIB), (10 * MIB + 512, 4096), (11 * MIB + 7, 100), (12 * MIB, SIZE - 12 * MIB - 1)):
+        written = 0
+        primary.zero(offset, length, punch=length % 2 == 0)
+        assert written < 2 * storage.PAGE_BYTES
+        expected[offset : offset + length] = bytes(length)
+    primary.sync()
+    primary.close()
+    assert content(device) == expected
 
 
 def test_a_device_written_while_the_collector_was_away_is_refused(tmp_path: Path, device: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from cdp.collector.service import Collector, GroupSpec, VolumeSpec
 from cdp.errors import ConfigError
 from cdp.journal import batch
+from cdp.nbd import wire
 from cdp.nbd.client import Client
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
 
@@ -44,6 +45,19 @@ def test_cold_reads_come_from_the_pool_and_are_right(tmp_path: Path) -> None:
         copy = tmp_path / "copy.raw"
         subprocess.run(["nbdcopy", runner.uri(), copy], check=True, timeout=30)
         assert copy.read_bytes() == content
+
+
+def test_zeros_are_written_by_the_client_where_the_primary_cannot_zero(tmp_path: Path) -> None:
+    """Promise 9: else one request would keep the loop writing zeros for up to 4 GiB."""
+    with one_volume(tmp_path, no_zeroing=True) as runner:
+        with Client.connect(runner.uri()) as client:
+            assert not client.flags & wire.SEND_WRITE_ZEROES
+        done = qemu_io(runner, "write -P 1 0 16M", "write -z 100 12M", "discard 0 1M", "flush")
+        assert done.returncode == 0, done.stdout
+        assert qemu_io(runner, "read -P 0 100 12M", "read -P 1 0 100").returncode == 0
+    journal = Journal(runner.journal, {0: 16 * MIB})
+    assert bytes(journal.images[0]) == (tmp_path / "db.raw").read_bytes()
+    assert not journal.of(batch.ZERO)
 
 
 def test_requests_as_records(tmp_path: Path) -> None:

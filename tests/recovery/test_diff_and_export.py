@@ -178,11 +178,14 @@ def test_uris(address, name, uri):
 # --- copying
 
 
-def test_what_is_copied_makes_the_other_equal_and_comparing_finds_one_byte(served, tmp_path):
+@pytest.mark.parametrize("can_zero", [True, False])
+def test_what_is_copied_makes_the_other_equal_and_comparing_finds_one_byte(served, tmp_path, can_zero):
     made, address, first, second = served
     target = tmp_path / "target.raw"
     target.write_bytes(made.feed.model[second][1])
-    with serving(OneExport(FileExport(str(target))), tmp_path / "target.sock") as there:
+    served_file = FileExport(str(target))
+    served_file.can_zero = can_zero  # else zeros are written
+    with serving(OneExport(served_file), tmp_path / "target.sock") as there:
         with Copier(address, f"db@seq:{first}", there, "x") as copier:
             assert measure(copier.changes) == (3 * MIB + 1536, 3)
             assert list(ranges(copier.changes)) == [(MIB, 2 * MIB), (6 * MIB, MIB), (8 * MIB, 1536)]
