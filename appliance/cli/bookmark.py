@@ -30,11 +30,13 @@ def bookmark(
     found = client().collector("bookmark", group=owner.name, name=name)
     if wait:
         wait_applied(owner.name, found["seq"])
-    answer = {"group": owner.name, "name": name, **(point(found) or {})}
+    answer = {"group": owner.name, "name": name, **(point(found) or {}), "withheld": found["withheld"]}
     if as_json:
         emit(answer)
     else:
         out.print(f"Bookmark [bold]{name}[/] of group {owner.name}: seq {answer['seq']} at {when(found['time_ns'])}.")
+        for one in found["withheld"]:
+            out.print(f"[yellow]Warning:[/] {one['volume']} cannot be opened at it: {one['reason']['text']}")
 
 
 def wait_applied(group: str, seq: int, timeout_seconds: float = WAIT_SECONDS) -> None:

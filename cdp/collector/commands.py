@@ -62,9 +62,16 @@ class Commands:
     def _do_bookmark(self, arguments: Arguments, done: Done) -> None:
         group, name = self._group(arguments["group"]), _text(arguments["name"], MAX_NAME_CHARS)
         group.bookmarks.check(name)
+        withheld = _withheld(group)
+        if group.volumes and len(withheld) == len(group.volumes):
+            raise RefusedError(
+                f"No volume of {group.name} could be opened at this moment: {withheld[0]['reason']['text']}",
+                "Wait until its state is `protected`.", code="in_gap",
+            )  # fmt: skip
         seq = append_one(group, batch.BOOKMARK, batch.NO_VOLUME, name.encode())
         group.bookmarks.add(name)
-        when_durable(group, done, {"group": group.name, "name": name, "seq": seq, "time_ns": group.journal.order_ns})
+        point = {"seq": seq, "time_ns": group.journal.order_ns}
+        when_durable(group, done, {"group": group.name, "name": name, **point, "withheld": withheld})
 
     def _do_verify(self, arguments: Arguments, done: Done) -> None:
         group, volume = self._collector.volume(_text(arguments["volume"], MAX_NAME_CHARS))
@@ -159,6 +166,12 @@ class Commands:
         if group is None:
             raise NotFoundError(f"There is no group {name}.", f"Groups: {', '.join(self._collector.groups)}.")
         return group
+
+
+def _withheld(group: Group) -> list[dict[str, Any]]:
+    """The volumes that the point of this moment cannot be opened for, each with the reason."""
+    found = ((v.name, v.withheld or group.refusals.reason_of(v)) for v in group.volumes)
+    return [{"volume": name, "reason": reason} for name, reason in found if reason is not None]
 
 
 def _secret(arguments: Arguments) -> str:

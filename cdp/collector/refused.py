@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cdp.collector.volume import Volume, Watch
+from cdp.collector.volume import Reason, Volume, Watch
 from cdp.errors import StorageError
 from cdp.journal import batch
 
@@ -79,6 +79,10 @@ def sync_records(volume: int, offset: int, content: bytes) -> list[NewRecord]:
 _ZEROS = memoryview(bytes(SYNC_BYTES))
 
 
+def _reason(volume: Volume) -> Reason:
+    return {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
+
+
 class RefusedWrites:
     """The refused writes of a group. Owned by the loop's thread."""
 
@@ -94,6 +98,10 @@ class RefusedWrites:
     def first_seq(self) -> int | None:
         """Readers may not see this record yet; None: nothing is open."""
         return min(r.seq for r in self._open) if self._open else None
+
+    def reason_of(self, volume: Volume) -> Reason | None:
+        """Why the volume's points of now will be withheld; None: nothing of it is open."""
+        return _reason(volume) if any(r.volume is volume for r in self._open) else None
 
     def settle(self) -> None:
         """Deals with all that are open; what cannot be stops the group, and is tried again by it."""
@@ -112,8 +120,7 @@ class RefusedWrites:
             return
         records = sync_records(volume.id, refused.offset, content)
         if not volume.in_gap:  # else this is withheld already, and another GAP would end that
-            reason = {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
-            records.append((batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(reason).encode()))
+            records.append((batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(_reason(volume)).encode()))
         if group.try_append(records):
             self._open.remove(refused)
 

@@ -47,7 +47,7 @@ class Splitter(Export):
     def __init__(self, volume: Volume, group: Group, reads: ReadPool) -> None:
         self.size = volume.size
         self.can_zero_fast = volume.primary.can_zero
-        # Else zeros would be written in the loop, however many one request names: clients write them, in bounded pieces.
+        # Else the loop would write zeros, as many as one request names: clients write them, in bounded pieces.
         self.can_zero = volume.primary.can_zero or not volume.primary.inline
         self._volume, self._group, self._reads = volume, group, reads
         self._id, self._primary = volume.id, volume.primary

@@ -91,6 +91,16 @@ class Volume:
             return "syncing" if self.sync["code"] == "initial_sync" else "resyncing"
         return "protected"
 
+    @property
+    def withheld(self) -> Reason | None:
+        """Why no point of this volume is offered now; None where one is."""
+        if self.in_gap:
+            return self.doubt or self.sync or {"code": "gap", "text": f"{self.name} is in a gap."}
+        rollback = self.rollback
+        if rollback is not None and rollback["begin"] is not None and rollback["end"] is None:
+            return {"code": "rollback", "text": f"A rollback of {self.name} is being copied."}
+        return None
+
     def opens_with(self, secret: str) -> bool:
         """Whether `secret` is the one that holds the volume's rollback lock."""
         return self.lock is not None and hmac.compare_digest(self.lock, secret_hash(secret))

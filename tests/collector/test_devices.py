@@ -70,7 +70,8 @@ def test_zeroing_at_any_alignment_writes_less_than_two_blocks(
 
     monkeypatch.setattr(storage, "pwrite", counted)
     assert primary.can_zero
-    for offset, length in ((100, 9 * MIB), (10 * MIB + 512, 4096), (11 * MIB + 7, 100), (12 * MIB, SIZE - 12 * MIB - 1)):
+    regions = ((100, 9 * MIB), (10 * MIB + 512, 4096), (11 * MIB + 7, 100), (12 * MIB, SIZE - 12 * MIB - 1))
+    for offset, length in regions:
         written = 0
         primary.zero(offset, length, punch=length % 2 == 0)
         assert written < 2 * storage.PAGE_BYTES

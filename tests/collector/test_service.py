@@ -195,6 +195,26 @@ def test_rollback_lock_outlives_a_kill(tmp_path: Path) -> None:
         assert qemu_io(runner, "read 0 4k", volume="db!s3").returncode != 0
 
 
+def test_a_bookmark_says_whose_points_are_withheld(tmp_path: Path) -> None:
+    """Promise 8: refused where no volume could be opened at it, else it names those that cannot."""
+    volumes = [(name, f"file:{tmp_path}/{name}.raw", MIB) for name in ("db", "log")]
+    with Runner(tmp_path, volumes) as runner:
+        assert runner.command("bookmark", group="shop", name="whole")["withheld"] == []
+        begun = {}
+        for name, withheld in (("db", ["db"]), ("log", None)):
+            rollback = {"group": "shop", "volumes": [name], "secret": "s"}
+            runner.command("lock", volumes=[name], secret="s", disconnect=True)
+            begun[name] = runner.command("rollback_begin", **rollback, target_seq=1, target_time_ns=7)
+            if withheld is not None:
+                answer = runner.command("bookmark", group="shop", name=f"while-{name}")
+                assert [w["volume"] for w in answer["withheld"]] == withheld
+                assert answer["withheld"][0]["reason"]["code"] == "rollback"
+        assert refusal(lambda: runner.command("bookmark", group="shop", name="none")).code == "in_gap"
+        rollback = {"group": "shop", "volumes": ["log"], "secret": "s", "begin": begun["log"]["seq"]}
+        runner.command("rollback_end", **rollback)
+        assert len(runner.command("bookmark", group="shop", name="none")["withheld"]) == 1
+
+
 def test_consumers_can_be_listed_and_removed(tmp_path: Path) -> None:
     with one_volume(tmp_path) as runner:
         assert set(runner.command("consumers", group="shop")["consumers"]) == {"primary", "replayer"}
