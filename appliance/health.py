@@ -84,8 +84,9 @@ def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | No
 
 
 def gap(found: dict[str, Any]) -> dict[str, Any]:
-    """A gap: its first withheld point, the first good one after it (null: still open), and why."""
-    return {"from": point(found["from"]), "to": point(found["to"]) if found["to"] else None, "reason": found["reason"]}
+    """A gap: of which volume, its first withheld point, the first good one after it (null: still open), and why."""
+    end = point(found["to"]) if found["to"] else None
+    return {"volume": found["volume"], "from": point(found["from"]), "to": end, "reason": found["reason"]}
 
 
 def _volume(configured: dict[str, Any], c: Figures | None, r: Figures | None) -> Figures:

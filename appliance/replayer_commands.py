@@ -117,16 +117,22 @@ class Commands:
 
     def _points(self, arguments: dict[str, Any]) -> dict[str, Any]:
         history, volume = self._history(arguments["name"])
-        timeline = history.timeline
-        number = timeline.volumes().get(volume) if volume else None
+        timeline, numbers = history.timeline, history.timeline.volumes()
+        number, first_seq = None, 0
+        if volume is not None:
+            number = numbers.get(volume)
+            found = None if number is None else timeline.exists_from(number)
+            if found is None:  # nothing of it has been replayed
+                return {"oldest": None, "newest": None, "bookmarks": [], "barriers": [], "gaps": []}
+            first_seq = found
         gaps = timeline.gaps(number)
         barriers = [p for p in timeline.barriers(number, int(arguments["limit"])) if not _withheld(p.seq, gaps)]
         return {
-            "oldest": plain(timeline.oldest()),
+            "oldest": plain(_not_before(timeline, timeline.oldest(), first_seq)),
             "newest": plain(timeline.newest()),
-            "bookmarks": [{"name": name, **(plain(p) or {})} for name, p in timeline.bookmarks()],
-            "barriers": [plain(p) for p in barriers],
-            "gaps": [gap(timeline, g) for g in gaps],
+            "bookmarks": [{"name": name, **(plain(p) or {})} for name, p in timeline.bookmarks() if p.seq >= first_seq],
+            "barriers": [plain(p) for p in barriers if p.seq >= first_seq],
+            "gaps": [gap(timeline, g, {v: k for k, v in numbers.items()}) for g in gaps],
         }
 
     def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -204,15 +210,19 @@ def _withheld(seq: int, gaps: list[Gap]) -> bool:
     return any(g.from_seq <= seq and (g.to_seq is None or seq < g.to_seq) for g in gaps)
 
 
+def _not_before(timeline: Timeline, point: Point | None, seq: int) -> Point | None:
+    return point if point is None or point.seq >= seq else Point(seq, timeline.time_of(seq))
+
+
 def plain(point: Point | None) -> dict[str, Any] | None:
     """A point as control carries it."""
     return None if point is None else {"seq": point.seq, "time_ns": point.time_ns}
 
 
-def gap(timeline: Timeline, found: Gap) -> dict[str, Any]:
-    """A gap as control carries it: its first withheld seq, and the first good one after it or null."""
+def gap(timeline: Timeline, found: Gap, names: dict[int, str]) -> dict[str, Any]:
+    """A gap as control carries it: its volume, its first withheld seq, and the first good one after it or null."""
     ends = {
         name: None if seq is None else {"seq": seq, "time_ns": timeline.time_of(seq)}
         for name, seq in (("from", found.from_seq), ("to", found.to_seq))
     }
-    return {**ends, "reason": {"code": found.code, "text": found.text}}
+    return {"volume": names.get(found.volume), **ends, "reason": {"code": found.code, "text": found.text}}

@@ -60,10 +60,12 @@ def _page(answer: dict[str, Any], found: dict[str, Any]) -> Lines:
     for what, at, printed in (*listed, ("newest", found["newest"], newest)):
         local = iso_local(at["time_ns"], here)
         shown.add_row(what, str(at["seq"]), local[:19] + local[29:], printed["time"])  # the exact one is that in UTC
-    gaps = [
-        f"gap: seq {g['from']['seq']} to {g['to']['seq'] if g['to'] else 'open'}: {g['reason']['text']}"
-        for g in answer["gaps"]
-    ]
+    gaps = [_gap_line(g, answer["group"]) for g in answer["gaps"]]
     hidden = len(answer["barriers"]) - SHOWN_BARRIERS
     more = [f"({hidden} more barriers with --json)"] if hidden > 0 else []
     return Lines(shown, "", f"The window is {age} long.", *more, *gaps)
+
+
+def _gap_line(gap: dict[str, Any], group: str) -> str:
+    end = gap["to"]["seq"] if gap["to"] else "open"
+    return f"gap of {gap['volume'] or group}: seq {gap['from']['seq']} to {end}: {gap['reason']['text']}"

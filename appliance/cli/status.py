@@ -93,7 +93,8 @@ def _reasons(group: dict[str, Any]) -> Iterator[str]:
     gaps = group["window"]["gaps"] or []
     for gap in gaps[-SHOWN_GAPS:]:
         end = gap["to"]["seq"] if gap["to"] else "open"
-        yield f"{group['name']}: no points from seq {gap['from']['seq']} to {end}: {gap['reason']['text']}"
+        where = gap["volume"] or group["name"]
+        yield f"{where}: no points from seq {gap['from']['seq']} to {end}: {gap['reason']['text']}"
     if len(gaps) > SHOWN_GAPS:
         yield f"{group['name']}: {len(gaps) - SHOWN_GAPS} earlier gaps; see `cdp points {group['name']}`"
 

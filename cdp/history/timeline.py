@@ -233,6 +233,13 @@ class Timeline:
             return int(SEQ.unpack_from(value)[0]) if VOLUME_SEQ.unpack(key)[0] == volume else None
         return None
 
+    def exists_from(self, volume: int) -> int | None:
+        """The first known seq at which a volume existed; None if there is none yet."""
+        for key, _ in rows(self._entries.cursor(), b"Z", VOLUME_SEQ.pack(volume, 0)):
+            of, seq = VOLUME_SEQ.unpack(key)
+            return int(seq) if of == volume and seq <= self._bounds.applied_seq else None
+        return None
+
     def volumes(self) -> dict[str, int]:
         """The number of each volume by the name that it has now."""
         found: dict[str, int] = {}

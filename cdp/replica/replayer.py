@@ -175,7 +175,7 @@ class Replayer:
             "lag_bytes": work.lag.lag_bytes,
             "next_time_ns": self._next_time_ns(applied),
             "window_short": work.window_short,
-            **_history_figures(work.history),
+            **_history_figures(work.history, {number: name for name, number in work.course.names.items()}),
             "volumes": {name: self._volume_figures(name) for name in self.volumes},
         }
 
@@ -197,7 +197,7 @@ class Replayer:
         return {"replica": path, "state": state, "reason": why}
 
 
-def _history_figures(history: History | None) -> dict[str, Any]:
+def _history_figures(history: History | None, names: dict[int, str]) -> dict[str, Any]:
     if history is None:
         return {"oldest": None, "newest": None, "gaps": [], "history_bytes": 0}
     timeline = history.timeline
@@ -206,9 +206,12 @@ def _history_figures(history: History | None) -> dict[str, Any]:
         return None if seq is None else {"seq": seq, "time_ns": timeline.time_of(seq)}
 
     gaps = [
-        {"from": point(g.from_seq), "to": point(g.to_seq), "reason": {"code": g.code, "text": g.text}}
+        {
+            "volume": names.get(g.volume), "from": point(g.from_seq), "to": point(g.to_seq),
+            "reason": {"code": g.code, "text": g.text},
+        }
         for g in timeline.gaps(None)
-    ]
+    ]  # fmt: skip
     oldest, newest = timeline.oldest(), timeline.newest()
     return {
         "oldest": point(oldest.seq if oldest else None),

@@ -33,12 +33,13 @@ def test_a_status_of_one_process_alone_is_a_page() -> None:
 
 
 def test_a_status_after_many_rollbacks_stays_short_and_cuts_nothing_off() -> None:
-    gaps = [{"from": {"seq": n, "time_ns": 0}, "to": {"seq": n + 1, "time_ns": 1},
+    gaps = [{"volume": "db", "from": {"seq": n, "time_ns": 0}, "to": {"seq": n + 1, "time_ns": 1},
              "reason": {"code": "rollback", "text": f"rollback {n}"}} for n in range(50)]  # fmt: skip
     long = "file:/" + "x" * 200
     groups = [GROUPS[0] | {"volumes": [{"name": "db", "size": 4096, "primary": long}]}]
     page = shown(health.status(groups, COLLECTOR, figures(THEIRS, gaps=gaps)))
-    assert "rollback 49" in page and "rollback 3\n" not in page and "cdp points shop" in page
+    assert "db: no points from seq 49 to 50: rollback 49" in page
+    assert "rollback 3\n" not in page and "cdp points shop" in page
     assert page.count("x") >= 200 and "…" not in page
 
 
