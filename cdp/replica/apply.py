@@ -24,6 +24,7 @@ from cdp.replica import restart
 from cdp.replica.bundle import Planner
 from cdp.replica.course import Course, Reason, reason
 from cdp.replica.lag import Lag
+from cdp.replica.leftovers import Leftovers
 from cdp.replica.pins import Pins
 from cdp.replica.pipeline import DIRTY_BYTES, NO_SPACE, Applied, Committer, Pipeline
 from cdp.replica.position import Position
@@ -80,6 +81,7 @@ class ApplyThread:
         self.replica: Replica | None = None
         self.pipeline: Pipeline | None = None
         self.committer: Committer | None = None
+        self._leftovers: Leftovers | None = None
         self._reader: JournalReader | None = None
         self._acknowledged = 0
         self.course, self.verifier, self.lag = Course(), Verifier(), Lag()
@@ -97,10 +99,10 @@ class ApplyThread:
         self._stop = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        for part in (self.pipeline, self.committer, self._reader, self.history, self.replica):
+        for part in (self._leftovers, self.pipeline, self.committer, self._reader, self.history, self.replica):
             if part is not None:
                 part.close()
-        self.pipeline = self.committer = self._reader = self.history = self.replica = None
+        self._leftovers = self.pipeline = self.committer = self._reader = self.history = self.replica = None
         os.close(self._wake)
         with self.condition:
             self.failed = self.failed or ("stopped", reason("stopped", f"Replay of {self.group} was stopped."))
@@ -137,6 +139,7 @@ class ApplyThread:
         s = self._settings
         position = restart.open_position(s.folder)
         replica, history, _ = restart.open_group(s.folder, position, s.segment_bytes, s.compress)
+        self._leftovers = Leftovers(restart.old_histories(s.folder, position.history))
         self.replica, self.history = replica, history
         self.course, self.verifier = Course(position.course), Verifier(position.unequal)
         self.applied = Applied(position.group_id, position.seq, position.crc, position.epoch, position.time_ns)

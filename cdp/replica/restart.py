@@ -73,7 +73,6 @@ def put_back(history: History, replica: Replica, position: Position) -> int:
 
 def open_group(folder: str, position: Position, segment_bytes: int, compress: bool) -> tuple[Replica, History, int]:
     """Replica and history of a group at the committed seq, and the blocks put back. CorruptionError, OSError."""
-    remove_old_histories(folder, position.history)
     replica = open_replica(folder, position)
     try:
         history = History(f"{folder}/{position.history}", segment_bytes=segment_bytes, compress=compress)
@@ -106,17 +105,18 @@ def position_before_reset(folder: str, volumes: list[str]) -> Position:
         return Position(history=f"{HISTORY_FOLDER}-{max(numbers)}" if numbers else HISTORY_FOLDER, kept=kept)
 
 
-def remove_old_histories(folder: str, current: str) -> None:
-    """What a reset left behind."""
-    for name in storage.listdir(folder):
-        if name != current and name.partition("-")[0] == HISTORY_FOLDER:
-            shutil.rmtree(f"{folder}/{name}")
+def old_histories(folder: str, current: str) -> list[str]:
+    """The folders that resets left behind."""
+    names = (name for name in storage.listdir(folder) if name.partition("-")[0] == HISTORY_FOLDER)
+    return [f"{folder}/{name}" for name in names if name != current]
 
 
 def check_group(folder: str, segment_bytes: int) -> dict[str, object]:
     """Puts one group's replica to its committed seq with nothing running. The caller holds the lock."""
     position = open_position(folder)
     replica, history, blocks = open_group(folder, position, segment_bytes, compress=True)
+    for left in old_histories(folder, position.history):
+        shutil.rmtree(left)
     files = {f.name: f.path for f in replica.files.values()}
     history.close()
     replica.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cdp import storage
 from cdp.journal import batch as fmt
-from tests.replica.helpers import rig
+from tests.replica.helpers import WAIT_SECONDS, rig
+from tests.support.running import wait_for
 
 SIZE = 16 * 4096
 
@@ -30,6 +34,41 @@ def missing_position(folder: Path) -> None:
 
 def replica(folder: Path) -> None:
     (folder / "replica" / "db.raw").unlink()
+
+
+def test_a_reset_waits_for_no_unlinking_and_a_restart_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 9: a large old history goes in the background; those who read the past do not wait for it."""
+    with rig(tmp_path, {"db": SIZE}) as r:
+        r.feed.write(1, 0, os.urandom(SIZE))
+        r.caught_up()
+        at, go_on, real = threading.Event(), threading.Event(), storage.unlink
+
+        def slow(path: str) -> None:
+            if "/history/" in path:
+                at.set()
+                assert go_on.wait(WAIT_SECONDS)
+                raise OSError(errno.EIO, "Input/output error")  # it ends there, as by a kill
+            real(path)
+
+        monkeypatch.setattr(storage, "unlink", slow)
+        behind = r.feed.flush()
+        r.feed.volume(1, "db", SIZE)
+        r.feed.gap(1, opens=True)
+        end = r.feed.gap(1, opens=False)
+        r.replayer.reset_history(behind)
+        assert at.wait(WAIT_SECONDS)
+        r.caught_up()
+        assert r.read("db", end) == bytes(r.feed.now[1])
+        go_on.set()
+        r.replayer.stop()
+        monkeypatch.undo()
+        old = tmp_path / "replayer" / "history"
+        assert old.exists()
+        r.start()
+        wait_for(lambda: not old.exists(), "the old history is gone")
+        assert r.read("db", end) == bytes(r.feed.now[1])
 
 
 @pytest.mark.parametrize("damage", [undo, position, missing_position, replica])
