@@ -298,13 +298,18 @@ class UndoLog:
         storage.sync_folder(self.folder)
 
     def _free(self, path: str) -> None:
-        if len(self._spares) < _MAX_SPARES:
-            spare = os.path.join(self.folder, f"spare-{storage.random_bytes(8).hex()}")
-            storage.rename(path, spare)
-            self._spares.append(spare)
-            self._spare_bytes += storage.stat(spare).st_size
-        else:
-            storage.unlink(path)
+        if len(self._spares) >= _MAX_SPARES:
+            return storage.unlink(path)
+        spare = os.path.join(self.folder, f"spare-{storage.random_bytes(8).hex()}")
+        storage.rename(path, spare)
+        self._spares.append(spare)
+        self._spare_bytes += storage.stat(spare).st_size
+
+    def give_back(self) -> None:
+        """Removes what is kept to be recycled: on a full disk the segment that is being written needs the space."""
+        while self._spares:
+            self._spare_bytes -= storage.stat(self._spares[-1]).st_size
+            storage.unlink(self._spares.pop())
 
     def cut(self, bundle: Bundle, committed_seq: int) -> None:
         """Ends the log before `bundle`, save for what that one has of records up to `committed_seq`; durable on return.

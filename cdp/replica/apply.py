@@ -7,6 +7,7 @@ lack of space does not end it: the very call that found none is repeated at a bo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -172,6 +173,7 @@ class ApplyThread:
             except OSError as e:
                 if e.errno not in NO_SPACE:
                     raise
+                self._make_space()
                 self._stall(reason("no_space", f"There is no space for replay of {self.group}: {e}."))
             except CdpError as e:
                 if not e.retriable:
@@ -190,6 +192,14 @@ class ApplyThread:
         self._pause(RETRY_SECONDS)
         if self._stop:
             raise _Stopping
+
+    def _make_space(self) -> None:
+        """What has left the window goes, and its files with it; that needs a little space itself, or is tried again."""
+        with contextlib.suppress(OSError):
+            self._retain()
+        with contextlib.suppress(OSError):
+            if self.history is not None:
+                self.history.log.give_back()
 
     def _set_stalled(self, why: Reason | None) -> None:
         with self.condition:
@@ -271,13 +281,19 @@ class ApplyThread:
 
     def _tick(self, reader: JournalReader, pipeline: Pipeline) -> None:
         self.lag.look(reader.end()[0], pipeline.waiting_bytes)
-        assert self.history is not None and self.committer is not None
+        self._insist(self._retain)
+
+    def _retain(self) -> None:
+        """Drops what has left the window. Raises OSError."""
+        pipeline, committer = self.pipeline, self.committer
+        if pipeline is None or committer is None or self.history is None:
+            return  # not opened yet
         s = self._settings
         # What is above the committed seq is what a restart puts the replica back with: no window may take it.
         # An unfinished rollback needs its target although the pins of its process may have ended.
         targets = self.history.timeline.unfinished_targets()
-        pins = [*self._pins.seqs(), *targets, self.committer.position.seq]
-        kept = self._insist(self.history.retain, s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
+        pins = [*self._pins.seqs(), *targets, committer.position.seq]
+        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
         self.window_short = kept.short
         if kept.dropped:
             with self.condition:
