@@ -23,6 +23,7 @@ from cdp.collector.volume import Reason, Volume
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch, consumers
 from cdp.journal.writer import JournalWriter
+from cdp.said import Said
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Group:
         self.journal_dead = False
         self.active = False  # something was written since the last second
         self.dirty_bytes = 0  # since the last round that synced everything
+        self.said = Said(log)  # what may happen at every request, or many times a second
         self.pending: dict[int, int] = {}  # first seq of a batch → writes that an asynchronous primary owes
         self.hold_checkpoint = False  # a volume is in doubt: its journal is kept
         self.first_records: list[NewRecord] = []  # of this life, as long as they are not in the journal
@@ -141,7 +143,7 @@ class Group:
             self.journal.publish(seq)
             self._published = seq
         except OSError as e:  # readers wait for the next batch; production does not (promise 10)
-            log.error("group %s: readers cannot be told of seq %d: %s", self.name, seq, e)
+            self.said.add("publish", logging.ERROR, "group %s: readers cannot be told of seq %d: %s", self.name, seq, e)
 
     def release(self) -> None:
         """Frees the journal that nobody needs; what keeps it from that is logged, and tried again later."""
@@ -201,7 +203,8 @@ class Group:
     # --- refused writes
 
     def refused(self, volume: Volume, offset: int, length: int, seq: int) -> None:
-        log.warning("volume %s: the primary refused seq %d (%d bytes at %d)", volume.name, seq, length, offset)
+        text = "volume %s: the primary refused seq %d (%d bytes at %d)"
+        self.said.add(("refused", volume.id), logging.WARNING, text, volume.name, seq, length, offset)
         self.refusals.add(volume, offset, length, seq)
 
     def settle(self) -> None:
@@ -213,6 +216,7 @@ class Group:
     def second(self) -> None:
         """Once a second: heartbeat, and another try at whatever stopped the group."""
         self._healed.clear()
+        self.said.tick()
         if any(volume.sync_failed for volume in self.volumes):
             self.flusher.want_checkpoint()
         if self.refuse:
@@ -249,7 +253,8 @@ class Group:
         def prepared(_: object, error: BaseException | None) -> None:
             self._preparing = False
             if error is not None:
-                log.warning("group %s: the next journal segment could not be prepared: %s", self.name, error)
+                text = "group %s: the next journal segment could not be prepared: %s"
+                self.said.add("prepare", logging.WARNING, text, self.name, error)
 
         self._worker.submit(prepared, work)
 

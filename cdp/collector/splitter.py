@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from cdp.collector.volume import Volume
     from cdp.nbd.connection import Connection
 
-log = logging.getLogger(__name__)
-
 # A WRITE record carries at most this much, so that a message of any carrier can hold it.
 PIECE_BYTES = 1 << 20
 # What one batch may hold, with room for what is still added to it.
@@ -131,7 +129,7 @@ class Splitter(Export):
             group.journal_died(e)
             return self._refuse(connection, writes, errno.EIO)
         except StorageError as e:  # a request that no segment can hold
-            log.error("volume %s: %s", volume.name, e)
+            group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, e)
             return self._refuse(connection, writes, errno.EIO)
         volume.dirty = group.active = True
         group.dirty_bytes += data_bytes

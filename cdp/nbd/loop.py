@@ -24,8 +24,11 @@ from cdp.nbd.outbox import SendBuffer
 from cdp.nbd.reactor import IN, OUT, Reactor
 from cdp.nbd.transmission import Parser
 from cdp.nbd.wire import ProtocolError
+from cdp.said import Said
 
 _log = logging.getLogger("cdp.nbd")
+# Lines of one kind in a few seconds, before they are only counted: many clients at once, not one that never stops.
+LINES = 20
 
 
 class Loop(Reactor):
@@ -46,6 +49,7 @@ class Loop(Reactor):
         self._parked: deque[Connection] = deque()
         self._ends: dict[int, float] = {}  # connections that are closing: when they go anyway
         self._marks: dict[int, tuple[tuple[int, int], int]] = {}  # who holds budget: its progress, seconds without
+        self._said = Said(_log, LINES)
         self.every(1.0, self._look_after)
 
     # --- what it watches
@@ -122,12 +126,13 @@ class Loop(Reactor):
         except BlockingIOError:
             return
         except OSError as e:  # out of descriptors: not again before some may be free, it would be a busy loop
-            _log.warning("accept failed: %s", e)
+            self._said.add("accept", logging.WARNING, "accept failed: %s", e)
             self.remove_reader(listener.fileno())
             self._paused.append(listener)
             return
         if len(self._connections) >= self.limits.connections:
-            _log.warning("refused a client: %d connections are open", len(self._connections))
+            text = "refused a client: %d connections are open"
+            self._said.add("too many", logging.WARNING, text, len(self._connections))
             sock.close()
             return
         try:
@@ -204,7 +209,8 @@ class Loop(Reactor):
         connection.agreed(negotiation.export, negotiation.structured, negotiation.contexts)
         parser = Parser(negotiation.export, negotiation.structured, connection.contexts)
         connection.intake = Intake(connection, parser, self.shared, self.budget, self.limits, negotiation.leftover())
-        _log.info("%s opened %r", connection.peer, negotiation.name.partition(SECRET_MARK)[0])
+        name = negotiation.name.partition(SECRET_MARK)[0]
+        self._said.add("opened", logging.INFO, "%s opened %r", connection.peer, name)
 
     def _settle(self, connection: Connection) -> None:
         """After anything happened: goes on with input that was held back, closes, and sets what epoll watches."""
@@ -248,7 +254,7 @@ class Loop(Reactor):
         """The end of a connection: everything it holds goes back."""
         if connection.closed:
             return
-        _log.info("%s: %s", connection.peer, reason)
+        self._said.add("closed", logging.INFO, "%s: %s", connection.peer, reason)
         fd = connection.fd
         self._handshakes.pop(fd, None)
         self._ends.pop(fd, None)
@@ -266,6 +272,7 @@ class Loop(Reactor):
 
     def _look_after(self) -> None:
         """Once a second: handshakes that take too long, last words that do not leave, holders that stand still."""
+        self._said.tick()
         while self._paused:
             self._watch(self._paused.pop())
         now = time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cdp.journal import batch
+from cdp.nbd.client import Client
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
 
 
@@ -44,6 +45,20 @@ def test_refused_writes_are_read_back_and_withheld(tmp_path: Path, small_disk: P
     assert all(to is not None and any(r.kind == batch.SYNC for r in journal.records[a - 1 : to]) for a, to in gaps)
     runner.start()
     runner.kill()
+
+
+def test_refused_writes_do_not_fill_the_log(
+    tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Promise 9: the first is said at once, the others are counted."""
+    with Runner(tmp_path, [("db", f"file:{small_disk}/db.raw", 16 * MIB)], max_bytes=512 * MIB) as runner:
+        assert "No space left" in qemu_io(runner, "write 0 16M").stdout
+        with Client.connect(runner.uri()) as client:
+            for block in range(500):
+                with pytest.raises(OSError):
+                    client.write(12 * MIB + block * 4096, b"x" * 4096)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "refused seq" in line]
+    assert 1 <= len(lines) < 10
 
 
 def test_refused_in_the_middle_of_a_batch(tmp_path: Path, small_disk: Path) -> None:
