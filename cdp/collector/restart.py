@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import dataclass, field
 
 from cdp import storage
 from cdp.collector import tail
@@ -30,8 +31,19 @@ log = logging.getLogger(__name__)
 MTIME_TOLERANCE_NS = 2_000_000_000
 # While a start writes the journal's tail the primaries' mtimes move on: heartbeats say that it was this collector.
 TAIL_HEARTBEAT_NS = MTIME_TOLERANCE_NS // 2
+# After a kill a device may have taken what the journal says once in the life before, once by the start, which may
+# itself have been killed, and once when it was healed; more than that, and this little, was written by somebody else.
+REWRITTEN, UNTOLD_BYTES, SECTOR_BYTES = 4, 1 << 20, 512
 # Volume numbers are 16 bits, and one of them means "the whole group".
 MAX_VOLUME_IDS = batch.NO_VOLUME
+
+
+@dataclass
+class _Tail:
+    """The journal since the checkpoint: wall time of its last batch, pages that each volume's writes lie in."""
+
+    written_ns: int
+    pages: dict[int, int] = field(default_factory=dict)
 
 
 def open_group(
@@ -146,11 +158,9 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
     """Doubts, the tail, the first records, and all of it durable."""
     after_seq = checkpoint["seq"] if checkpoint else 0
     if checkpoint is not None:
-        written_ns = checkpoint["wall_ns"]
-        for found in group.journal.batches_after(after_seq, header_only=True):
-            written_ns = found.wall_ns
+        tail_ = _survey(group, checkpoint)
         for volume in group.volumes:
-            _judge(group, volume, checkpoint, written_ns)
+            _judge(volume, checkpoint, tail_)
         # The next start could not tell any more what was found: this one writes to the journal and to the primaries.
         group.save_state_now()
         save(f"{group.folder}/checkpoint", group.checkpoint_content(after_seq, clean=False))
@@ -181,12 +191,25 @@ def _write_tail(group: Group, writer: tail.TailWriter, after_seq: int) -> None:
         writer.apply(found)
 
 
-def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int) -> None:
+def _survey(group: Group, checkpoint: Checkpoint) -> _Tail:
+    """What the journal says of the time since the checkpoint. Lengths are only asked for after a kill, of devices."""
+    found = _Tail(checkpoint["wall_ns"])
+    devices = not checkpoint["clean"] and any("written_sectors" in v.primary.identity() for v in group.volumes)
+    for one in group.journal.batches_after(checkpoint["seq"], header_only=not devices):
+        found.written_ns = one.wall_ns
+        for record in one.records() if devices else ():
+            if record.kind in (batch.WRITE, batch.ZERO, batch.SYNC):
+                pages = -(-(record.offset + record.length) // storage.PAGE_BYTES) - record.offset // storage.PAGE_BYTES
+                found.pages[record.volume] = found.pages.get(record.volume, 0) + pages
+    return found
+
+
+def _judge(volume: Volume, checkpoint: Checkpoint, tail_: _Tail) -> None:
     """Stops the volume when its primary may not be what was left; asks for a comparison after a power cut."""
     left = checkpoint["primaries"].get(volume.name)
     if left is None:
         return  # it is new
-    doubt = None if volume.doubt else _doubt(volume, left, checkpoint, written_ns)
+    doubt = None if volume.doubt else _doubt(volume, left, checkpoint, tail_)
     if doubt is not None:
         log.error("volume %s stopped (%s): %s", volume.name, doubt["code"], doubt["text"])
         _set_doubt(volume, doubt)
@@ -195,7 +218,7 @@ def _judge(group: Group, volume: Volume, checkpoint: Checkpoint, written_ns: int
         volume.sync = volume.sync or {"code": "unclean_restart", "text": text}
 
 
-def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, written_ns: int) -> Reason | None:
+def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, tail_: _Tail) -> Reason | None:
     there = volume.primary.identity()
     same_boot = checkpoint["boot_id"] == boot_id()
     advice = f"Say which side is right: `cdp trust {volume.name} primary` or `cdp trust {volume.name} journal`."
@@ -206,21 +229,26 @@ def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, writ
         return {"code": "other_primary", "text": f"The primary of {volume.name} is not the one it was. {advice}"}
     if grown:
         return None  # it is compared
-    if _changed(left, there, checkpoint["clean"], same_boot, written_ns):
+    pages = tail_.pages.get(volume.id, 0)
+    if _changed(left, there, checkpoint["clean"], same_boot, tail_.written_ns, pages):
         text = f"The primary of {volume.name} was written while the collector was away. {advice}"
         return {"code": "primary_changed", "text": text}
     return None
 
 
 def _changed(
-    left: dict[str, object], there: dict[str, int | str], clean: bool, same_boot: bool, written_ns: int
+    left: dict[str, object], there: dict[str, int | str], clean: bool, same_boot: bool, written_ns: int, pages: int
 ) -> bool:
     """Whether somebody else wrote the primary, as far as that can be seen."""
     mtime_ns = there.get("mtime_ns")
     if isinstance(mtime_ns, int):
         return mtime_ns != left.get("mtime_ns") if clean else mtime_ns > written_ns + MTIME_TOLERANCE_NS
-    sectors = left.get("written_sectors")
-    return clean and same_boot and sectors is not None and sectors != there.get("written_sectors")
+    before, now = left.get("written_sectors"), there.get("written_sectors")
+    if not same_boot or not isinstance(before, int) or not isinstance(now, int) or min(before, now) < 0:
+        return False
+    if clean:
+        return now != before
+    return (now - before) * SECTOR_BYTES > pages * storage.PAGE_BYTES * REWRITTEN + UNTOLD_BYTES
 
 
 def _first_records(group: Group) -> list[NewRecord]:

@@ -97,6 +97,28 @@ def test_a_device_written_while_the_collector_was_away_is_refused(tmp_path: Path
         assert runner.figures()["volumes"]["db"]["reason"]["code"] == "primary_changed"
 
 
+def test_a_device_restored_after_a_kill_is_refused(tmp_path: Path, device: str) -> None:
+    """Starting again: more was written to it than the journal can tell of; what a kill itself leaves is no doubt."""
+    runner = Runner(tmp_path, [("db", f"file:{device}", SIZE)]).start()
+    runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+    for _ in range(2):
+        assert qemu_io(runner, "write -P 1 0 1M").returncode == 0
+        runner.kill()
+        runner.start()
+        assert runner.figures()["state"] == "protected"
+    assert qemu_io(runner, "write -P 2 0 64k", "flush").returncode == 0
+    runner.kill()
+    with open(device, "r+b") as f:
+        f.write(os.urandom(SIZE))
+        f.flush()
+        os.fsync(f.fileno())
+    with runner:
+        assert runner.figures()["volumes"]["db"]["reason"]["code"] == "primary_changed"
+        runner.command("trust", volume="db", side="primary")
+        runner.wait_for("compared", lambda f: f["state"] == "protected")
+    assert bytes(Journal(runner.journal, {0: SIZE}).images[0]) == content(device)
+
+
 def test_a_volume_that_grew_is_compared(tmp_path: Path, device: str) -> None:
     """Promise 8: what was behind the old end of a device is no zeros; the replica must get it."""
     with Runner(tmp_path, [("db", f"file:{device}", SIZE)]) as runner:
