@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,23 +12,18 @@ import pytest
 from cdp.journal import batch
 from cdp.nbd.client import Client
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
+from tests.support.disk import small_disk
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 8 MiB."""
-    if os.geteuid():
-        pytest.skip("mounting a tmpfs needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", 8 * MIB) as folder:
+        yield folder
 
 
-def test_refused_writes_are_read_back_and_withheld(tmp_path: Path, small_disk: Path) -> None:
+def test_refused_writes_are_read_back_and_withheld(tmp_path: Path, full_disk: Path) -> None:
     """Promise 2: the client gets ENOSPC; journal and primary agree; no point in between is offered."""
-    path = small_disk / "db.raw"
+    path = full_disk / "db.raw"
     with Runner(tmp_path, [("db", f"file:{path}", 16 * MIB)], max_bytes=512 * MIB) as runner:
         assert qemu_io(runner, "write -P 1 0 7M").returncode == 0
         done = qemu_io(runner, "write -P 2 6M 3M")  # a short write, then no space
@@ -48,10 +42,10 @@ def test_refused_writes_are_read_back_and_withheld(tmp_path: Path, small_disk: P
 
 
 def test_refused_writes_do_not_fill_the_log(
-    tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, full_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 9: the first is said at once, the others are counted."""
-    with Runner(tmp_path, [("db", f"file:{small_disk}/db.raw", 16 * MIB)], max_bytes=512 * MIB) as runner:
+    with Runner(tmp_path, [("db", f"file:{full_disk}/db.raw", 16 * MIB)], max_bytes=512 * MIB) as runner:
         assert "No space left" in qemu_io(runner, "write 0 16M").stdout
         with Client.connect(runner.uri()) as client:
             for block in range(500):
@@ -61,9 +55,9 @@ def test_refused_writes_do_not_fill_the_log(
     assert 1 <= len(lines) < 10
 
 
-def test_refused_in_the_middle_of_a_batch(tmp_path: Path, small_disk: Path) -> None:
+def test_refused_in_the_middle_of_a_batch(tmp_path: Path, full_disk: Path) -> None:
     """Promise 2, under load: fio runs into the full disk with 32 writes in flight."""
-    path = small_disk / "db.raw"
+    path = full_disk / "db.raw"
     with Runner(tmp_path, [("db", f"file:{path}", 16 * MIB)], max_bytes=512 * MIB) as runner:
         fio(runner, "--rw=randwrite", "--bs=12k", "--iodepth=32", "--size=16m", "--continue_on_error=write")
         assert runner.figures()["state"] == "protected"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cdp.journal import consumers
 from cdp.journal.batch import MAX_DATA_BYTES
 from cdp.journal.spares import KEEP_SHARE, READY, Spares
 from tests.journal import support
+from tests.support.disk import small_disk
 
 SIZE = support.SEGMENT_BYTES
 
@@ -119,22 +119,14 @@ def test_largest_batch_fits_a_production_segment(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mount.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mount.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 1 << 20) as folder:
+        yield folder
 
 
-def test_full_disk_refuses_and_goes_on(small_disk: Path) -> None:
+def test_full_disk_refuses_and_goes_on(full_disk: Path) -> None:
     """Promise 10, on a real file system without space."""
-    folder = small_disk / "j"
+    folder = full_disk / "j"
     writer = support.open_writer(folder, 1)
     consumers.register(str(folder), "replayer")
     with pytest.raises(JournalFullError):
@@ -153,9 +145,9 @@ def test_full_disk_refuses_and_goes_on(small_disk: Path) -> None:
     writer.close()
 
 
-def test_start_on_a_full_disk_recycles_what_everybody_has_read(small_disk: Path) -> None:
+def test_start_on_a_full_disk_recycles_what_everybody_has_read(full_disk: Path) -> None:
     """Promise 10: nobody frees segments while there is no writer, so a start must, or it never finds the space."""
-    folder = small_disk / "j"
+    folder = full_disk / "j"
     writer = support.open_writer(folder, 1)
     consumers.register(str(folder), "replayer")
     for _ in range(30):
@@ -165,11 +157,11 @@ def test_start_on_a_full_disk_recycles_what_everybody_has_read(small_disk: Path)
     for path in folder.glob("spare-*"):
         path.unlink()
     consumers.acknowledge(str(folder), "replayer", last)
-    with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+    with pytest.raises(OSError), open(full_disk / "filler", "wb", buffering=0) as f:
         while f.write(bytes(4096)):
             pass
     (folder / "durable").unlink()  # as a power cut may leave it
-    (small_disk / "filler").open("r+b").truncate((small_disk / "filler").stat().st_size - 8192)
+    (full_disk / "filler").open("r+b").truncate((full_disk / "filler").stat().st_size - 8192)
     again = support.open_writer(folder, 2, known_durable_seq=last)
     assert again.last_seq == last
     support.append(again, 9_000)
@@ -178,15 +170,15 @@ def test_start_on_a_full_disk_recycles_what_everybody_has_read(small_disk: Path)
     again.close()
 
 
-def test_append_torn_by_a_full_disk_leaves_no_junk(small_disk: Path) -> None:
+def test_append_torn_by_a_full_disk_leaves_no_junk(full_disk: Path) -> None:
     """The segment's own blocks are missing (punched out, as a file system without fallocate has it): the write fails in
     the middle, and the next, smaller one goes to the same place."""
-    folder = small_disk / "j"
+    folder = full_disk / "j"
     writer = support.open_writer(folder, 1)
     support.append(writer, 3_000)
     fd = writer._current.fd
     storage.punch_hole(fd, 8192, SIZE - 8192)
-    filler = small_disk / "filler"
+    filler = full_disk / "filler"
     with pytest.raises(OSError), open(filler, "wb", buffering=0) as f:
         while f.write(bytes(4096)):
             pass

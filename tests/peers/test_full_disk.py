@@ -6,7 +6,6 @@ import contextlib
 import errno
 import random
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.book import difference
+from tests.support.disk import small_disk
 from tests.support.nbd import NbdClient, NbdRefused
 from tests.support.running import Appliance, running
 
@@ -25,20 +25,13 @@ LENGTH_MAX = 200_000
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A folder with a tmpfs in it; needs the right to mount."""
+def full_disk() -> Iterator[Path]:
+    """In a folder whose path is short enough for sockets."""
     folder = Path(tempfile.mkdtemp(prefix="cdp-full-"))
-    disk = folder / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        shutil.rmtree(folder)
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        yield disk
+        with small_disk(folder / "disk", DISK_BYTES) as disk:
+            yield disk
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
         shutil.rmtree(folder)
 
 
@@ -66,9 +59,9 @@ def read_point(appliance: Appliance, seq: int) -> bytes | None:
     return None
 
 
-def test_refused_writes_are_told_and_agreed_on(small_disk: Path) -> None:
+def test_refused_writes_are_told_and_agreed_on(full_disk: Path) -> None:
     """Promise 2: ENOSPC to the client; primary, replica and every offered point agree on what is there."""
-    with running(small_disk.parent, {VOLUME: SIZE}, disk=small_disk) as appliance:
+    with running(full_disk.parent, {VOLUME: SIZE}, disk=full_disk) as appliance:
         appliance.wait_protected()
         first = appliance.bookmark("first")
         with NbdClient(appliance.socket("collector"), VOLUME) as client:
