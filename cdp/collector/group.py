@@ -187,9 +187,11 @@ class Group:
         whether it is durable (promise 3). Blocks the loop for it, at most once a second; reads in the pool would see
         older content meanwhile, so they are let finish first.
         """
-        if volume.id in self._healed or volume.cold_reads or not volume.primary.inline:
+        if volume.id in self._healed or volume.cold_reads and volume.primary.inline:
             return
         self._healed.add(volume.id)
+        if volume.upstream is not None:
+            return volume.upstream.heal()
         writer = TailWriter({volume.id: volume}, self.refused)
         try:
             for found in self.journal.batches_after(self.checkpoint_seq):

@@ -141,6 +141,16 @@ class NbdPrimary:
         self._first = turns
         self._go()
 
+    def hold(self) -> None:
+        """For a while nothing goes on, as if the connection had just come back; then `on_back`."""
+        self.connected, self._busy = False, True
+
+        def held(_: object, error: BaseException | None) -> None:
+            self._busy = False
+            self.on_back()
+
+        self.worker.submit(held, storage.pause, _RECONNECT_SECONDS)
+
     def _add(self, operation: Operation) -> None:
         self._queue.append(operation)
         self._go()
@@ -148,6 +158,7 @@ class NbdPrimary:
     def _go(self) -> None:
         """Gives the thread its next turn, if it has none."""
         while not self._busy and not self._closed:
+            first = self._first is not None
             if self._first is not None:
                 turn = next(self._first, None)
                 if turn is None:
@@ -160,7 +171,7 @@ class NbdPrimary:
                 return
             if turn:
                 self._busy = True
-                self.worker.submit(partial(self._ran, turn), self._run, turn)
+                self.worker.submit(partial(self._ran, turn, first), self._run, turn)
 
     def _run(self, turn: list[Operation]) -> list[tuple[bytearray | None, OSError | None]]:
         """On the thread. Ends early, without a result for what is left, when the connection is lost."""
@@ -187,13 +198,13 @@ class NbdPrimary:
         return None
 
     def _ran(
-        self, turn: list[Operation], results: list[tuple[bytearray | None, OSError | None]] | None,
+        self, turn: list[Operation], first: bool, results: list[tuple[bytearray | None, OSError | None]] | None,
         error: BaseException | None,
     ) -> None:  # fmt: skip
         if results is None:
             raise error or StorageError("the upstream's thread failed")
         left = turn[len(results) :]
-        if left and self._first is None:
+        if left and not first:
             writes = [o for o in left if o.kind in (wire.WRITE, wire.WRITE_ZEROES)]
             self._queue.extendleft(reversed(writes))
             others = [o for o in left if o not in writes]

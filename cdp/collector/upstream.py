@@ -30,7 +30,8 @@ class Upstream:
         self._group, self._volume, self._primary = group, volume, primary
         primary.on_lost = self._lost
         primary.on_back = self._back
-        self._resent = False
+        self._away = self._resent = self._resending = False
+        self._unreadable: BaseException | None = None  # why the tail was not sent whole
 
     def write(
         self, batch_seq: int, seq: int, offset: int, length: int, data: bytes | None, punch: bool,
@@ -58,22 +59,40 @@ class Upstream:
     def _lost(self, error: BaseException) -> None:
         volume = self._volume
         log.error("volume %s: its upstream is away", volume.name)
-        self._resent = False
+        self._away, self._resent, self._resending = True, False, False
         volume.sync_failed = True  # until the tail is there again
         volume.refuse = errno.EIO
         volume.reason = {"code": UNREACHABLE, "text": f"The upstream {self._primary.address} cannot be reached."}
 
+    def heal(self) -> None:
+        """A sync of it failed although it is there: it gets the tail again, and what is queued waits for that."""
+        if self._primary.connected and not self._resending:
+            self._resend()
+
+    def _resend(self) -> None:
+        self._resent = self._resending = True
+        self._unreadable = None
+        self._primary.go_first(self._tail())
+
     def _back(self) -> None:
         """First call: it is connected again. Second: it has the tail."""
-        volume = self._volume
+        volume, group = self._volume, self._group
         if not self._resent:
-            self._resent = True
-            self._primary.go_first(self._tail())
-            return
-        log.warning("volume %s: its upstream is back", volume.name)
+            return self._resend()
+        self._resending = False
+        if self._unreadable is not None:
+            text = f"What the upstream of {volume.name} must be sent again cannot be read: {self._unreadable}."
+            group.said.add(("tail", volume.id), logging.ERROR, "%s", text)
+            self._away, self._resent = True, False
+            volume.refuse, volume.reason = errno.EIO, {"code": UNREACHABLE, "text": text}
+            return self._primary.hold()
         volume.sync_failed, volume.dirty = False, True
-        volume.refuse, volume.reason = 0, None
-        self._group.settle()
+        if self._away:
+            log.warning("volume %s: its upstream is back", volume.name)
+            volume.refuse, volume.reason = 0, None
+        self._away = False
+        group.flusher.want_checkpoint()
+        group.settle()
 
     def _tail(self) -> Iterator[list[Operation]]:
         """What this volume's primary was to take since the checkpoint, a batch at a time."""
@@ -85,7 +104,7 @@ class Upstream:
                     if r.volume == volume.id and r.kind in (batch.WRITE, batch.ZERO, batch.SYNC)
                 ]  # fmt: skip
         except (OSError, StorageError) as e:
-            group.stop("journal_failed", f"The journal's tail cannot be read: {e}.")
+            self._unreadable = e
 
     def _operation(self, record: batch.Record) -> Operation:
         zeros = record.kind == batch.ZERO or bool(record.flags & batch.ZEROS)

@@ -49,6 +49,19 @@ class FailingWrites:
         return self.real(fd, pieces, offset)
 
 
+class FailingReads:
+    """A disk that cannot read some files, while `fail_file` is there."""
+
+    def __init__(self, part: str, fail_file: str) -> None:
+        self.part, self.fail_file = part, fail_file
+        self.real = storage.pread
+
+    def __call__(self, fd: int, length: int, offset: int) -> bytes:
+        if os.path.exists(self.fail_file) and self.part in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "the disk failed")
+        return self.real(fd, length, offset)
+
+
 def no_zeroing(fd: int, offset: int, length: int) -> None:
     """A file system that can neither punch holes nor zero ranges."""
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -66,6 +79,8 @@ def main() -> None:
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
     if faults := config.get("failing_writes"):
         storage.pwritev = FailingWrites(faults["part"], faults["fail_file"])
+    if faults := config.get("failing_reads"):
+        storage.pread = FailingReads(faults["part"], faults["fail_file"])
     if config.get("no_zeroing"):
         storage.punch_hole = storage.zero_range = no_zeroing
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +14,11 @@ import pytest
 from cdp import storage
 from cdp.collector import primary_nbd
 from cdp.journal import batch
+from cdp.nbd import wire
+from cdp.nbd.connection import Connection
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
+from tests.nbd.memory_export import FileExport, OneExport
+from tests.nbd.serving import serving
 
 
 class QemuNbd:
@@ -94,6 +100,58 @@ def test_outage_gets_the_tail_before_anything_else(tmp_path: Path, upstream: Qem
         assert done.returncode == 0, done.stdout
     journal = Journal(runner.journal, {0: 16 * MIB})
     assert bytes(journal.images[0]) == upstream.path.read_bytes()
+
+
+def test_a_tail_that_cannot_be_read_keeps_the_volume_stopped(tmp_path: Path, upstream: QemuNbd) -> None:
+    """Promise 3: an upstream that did not get all of what it may have lost is not back."""
+    fail = tmp_path / "fail"
+    start(tmp_path, upstream).stop()
+    reads = {"part": "/segment-", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", upstream.uri, 16 * MIB)], failing_reads=reads) as runner:
+        assert qemu_io(runner, "write -P 1 0 2M", "flush").returncode == 0
+        fail.touch()
+        upstream.kill()
+        assert qemu_io(runner, "read 0 4k").returncode != 0
+        runner.wait_for("away", lambda f: f["state"] == "stopped")
+        with upstream.path.open("r+b") as f:  # what a power cut takes back
+            f.write(bytes(2 * MIB))
+        upstream.start()
+        runner.wait_for("told", lambda f: "cannot be read" in (f["volumes"]["db"]["reason"] or {"text": ""})["text"])
+        assert runner.figures()["state"] == "stopped"
+        fail.unlink()
+        runner.wait_for("back", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "read -P 1 0 2M", "flush").returncode == 0
+    assert bytes(Journal(runner.journal, {0: 16 * MIB}).images[0]) == upstream.path.read_bytes()
+
+
+class FailingFlush(FileExport):
+    """A server that may refuse a FLUSH, and then has lost what it had not synced."""
+
+    failing = False
+
+    def rarer(self, connection: Connection, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        if command == wire.FLUSH and self.failing:
+            os.pwrite(self.fd, bytes(2 * MIB), 0)
+            return connection.fail(cookie, errno.EIO)
+        super().rarer(connection, command, flags, cookie, offset, length)
+
+
+def test_an_upstream_whose_sync_failed_gets_the_tail_again(tmp_path: Path) -> None:
+    """Promise 3: flushes fail until what it took since the checkpoint is written again, and then they do not."""
+    path = tmp_path / "upstream.raw"
+    path.write_bytes(bytes(16 * MIB))
+    export = FailingFlush(str(path))
+    folder = tmp_path / "upstream"
+    folder.mkdir()
+    with serving(OneExport(export), folder) as server, Runner(tmp_path, [("db", server.uri(), 16 * MIB)]) as runner:
+        runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "write -P 1 0 2M").returncode == 0
+        export.failing = True
+        assert qemu_io(runner, "write -P 2 4M 64k", "flush").returncode != 0
+        export.failing = False
+        runner.wait_for("healed", lambda f: f["volumes"]["db"]["reason"] is None)
+        assert qemu_io(runner, "read -P 1 0 2M", "write -P 3 8M 4k", "flush").returncode == 0
+    assert bytes(Journal(runner.journal, {0: 16 * MIB}).images[0]) == path.read_bytes()
 
 
 def test_refused_by_the_upstream(tmp_path: Path) -> None:
