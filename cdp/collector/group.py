@@ -136,7 +136,7 @@ class Group:
 
     def publish(self) -> None:
         """Lets readers see what is durable and answered."""
-        seq = min(self.answered_seq, self.journal.durable_seq)
+        seq = self.refusals.visible(min(self.answered_seq, self.journal.durable_seq))
         if seq <= self._published or self.journal_dead:
             return
         try:

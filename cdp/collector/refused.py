@@ -89,6 +89,7 @@ class RefusedWrites:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._open: list[Refused] = []
+        self._told: list[tuple[int, int]] = []  # seq of a refused write, seq of the last record about it
 
     def add(self, volume: Volume, offset: int, length: int, seq: int) -> None:
         """Call `settle` when the requests that were journaled together with it have been executed."""
@@ -122,10 +123,20 @@ class RefusedWrites:
         if not volume.in_gap:  # else this is withheld already, and another GAP would end that
             records.append((batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(_reason(volume)).encode()))
         if group.try_append(records):
-            self._open.remove(refused)
+            self._dealt_with(refused)
+
+    def _dealt_with(self, refused: Refused) -> None:
+        self._open.remove(refused)
+        self._told.append((refused.seq, self._group.journal.last_seq))
+
+    def visible(self, seq: int) -> int:
+        """Readers may see up to `seq`, or less: a refused write not before what was journaled about it is durable."""
+        durable_seq = self._group.journal.durable_seq
+        self._told = [(first, told) for first, told in self._told if told > durable_seq]
+        return min([seq, *(first - 1 for first, _ in self._told)])
 
     def _compare_all(self, refused: Refused) -> None:
         volume = refused.volume
         reason = {"code": "refused_zero", "text": f"The primary of {volume.name} refused to zero a large region."}
         if self._group.start_resync(volume, reason, refused.seq):
-            self._open.remove(refused)
+            self._dealt_with(refused)

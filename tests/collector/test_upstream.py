@@ -14,6 +14,7 @@ import pytest
 from cdp import storage
 from cdp.collector import primary_nbd
 from cdp.journal import batch
+from cdp.journal.reader import EmbeddedReader
 from cdp.nbd import wire
 from cdp.nbd.connection import Connection
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io
@@ -175,6 +176,42 @@ def test_refused_by_the_upstream(tmp_path: Path) -> None:
         assert journal.images[0][:65536] == b"\1" * 65536
         refused = next(r for r in journal.of(batch.WRITE) if bytes(r.data[:1]) == b"\2")
         assert journal.gaps()[-1][0] == refused.seq
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_refusal_that_comes_late_is_seen_with_its_gap(tmp_path: Path) -> None:
+    """Promise 2: no reader meets the refused record before what was journaled about it is durable too."""
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-U", str(tmp_path / "e.sock"), "--filter=delay", "--filter=error", "memory", "16M",
+         "error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-file={tmp_path}/fail", "delay-write=1"],
+    )  # fmt: skip
+    uri = f"nbd+unix:///?socket={tmp_path}/e.sock"
+    slow = {"suffix": "/segment-", "seconds": 0.3}
+    try:
+        while subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode:
+            assert server.poll() is None
+        with Runner(tmp_path, [("db", uri, 16 * MIB)], slow_sync=slow) as runner:
+            runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+            (tmp_path / "fail").touch()
+            load = subprocess.Popen(
+                ["qemu-io", "-f", "raw", "-c", "write -P 2 0 64k", runner.uri()], stdout=subprocess.DEVNULL
+            )
+            reader = EmbeddedReader(runner.journal, "replayer", 0)
+            seen: list[int] = []
+            refused = 0
+            while not refused:
+                storage.wait_readable([reader.fileno()], 5)
+                reader.drain()
+                while batches := reader.read(8 * MIB):
+                    for record in (r for found in batches for r in found.records()):
+                        seen.append(record.kind)
+                        if record.kind == batch.WRITE:
+                            refused = len(seen)
+            assert batch.GAP in seen[refused:]
+            assert load.wait(20) is not None
+            reader.close()
     finally:
         server.terminate()
         server.wait()
