@@ -148,12 +148,17 @@ class Pipeline:
         """`then(offset, data)` runs inside a later call; it may use a pipeline of another connection."""
         self._send(wire.READ, 0, offset, length, None, lambda request: then(request.offset, request.data))
 
-    def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
-        """`data` is sent before this returns."""
-        self._send(wire.WRITE, wire.FUA if fua else 0, offset, len(data), data)
+    def write(
+        self, offset: int, data: Data, *, fua: bool = False, then: Callable[[], None] | None = None
+    ) -> None:  # fmt: skip
+        """`data` is sent before this returns; `then` runs inside a later call, once the server took it."""
+        self._send(wire.WRITE, wire.FUA if fua else 0, offset, len(data), data, then and (lambda _: then()))
 
-    def zero(self, offset: int, length: int, *, no_hole: bool = False) -> None:
-        self._send(wire.WRITE_ZEROES, wire.NO_HOLE if no_hole else 0, offset, length)
+    def zero(
+        self, offset: int, length: int, *, no_hole: bool = False, then: Callable[[], None] | None = None
+    ) -> None:  # fmt: skip
+        """`then` as for `write`."""
+        self._send(wire.WRITE_ZEROES, wire.NO_HOLE if no_hole else 0, offset, length, None, then and (lambda _: then()))
 
     def trim(self, offset: int, length: int) -> None:
         self._send(wire.TRIM, 0, offset, length)

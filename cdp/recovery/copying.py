@@ -1,5 +1,7 @@
 """Copying what differs from a past export onto a primary, and proving it, with many requests in flight.
 
+A piece is proven as soon as the primary took it, while later ones are copied: read again from both sides and compared.
+
 What differs comes from the `cdp:changed` context, on a connection of its own: nothing else is asked about the rest of
 the volume, so the time follows the change. What of it is zeros becomes WRITE_ZEROES, which may punch holes: large
 extents are asked about (`base:allocation`), small ones are read and looked at. Nothing here grows with the volume or
@@ -9,6 +11,7 @@ with what differs: extents are asked for as the copy proceeds, and the requests 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +28,8 @@ PIECE_BYTES = 256 << 10
 _STATUS_BYTES = 1 << 31
 # One WRITE_ZEROES; and asking which part of an extent is zeros is worth a round trip from this length on.
 _ZERO_BYTES, _ASK_BYTES = 1 << 30, 1 << 20
+# The primary's file is synced as the copy proceeds: the disk would idle now, and all wait for it at the end.
+_FLUSH_BYTES = 32 << 20
 # Places that differ after a copy: more of them say no more.
 _MAX_UNEQUAL = 1000
 _DIFFERS = 1
@@ -53,10 +58,10 @@ def stretches(client: Client, context: str, start: int, end: int) -> Iterator[tu
             raise OSError(f"the NBD server says nothing of {context} at offset {start}")
 
 
-def ranges(changes: Client, start: int = 0) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what differs from `start` on, neighbours joined."""
+def ranges(changes: Client, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what differs in [start, stop), neighbours joined; `stop` None: the volume's end."""
     first = end = start
-    for offset, length, flags in stretches(changes, CHANGED, start, changes.size):
+    for offset, length, flags in stretches(changes, CHANGED, start, changes.size if stop is None else stop):
         if not flags & _DIFFERS:
             continue
         if offset != end and end > first:
@@ -114,7 +119,7 @@ def _is_zero(content: bytearray) -> bool:
 
 
 class Copier:
-    """A past export and the locked primary that gets its content."""
+    """A past export and the locked primary that gets its content. `unequal` is what was copied and differs still."""
 
     def __init__(self, source_address: str, source_name: str, target_address: str, target_name: str) -> None:
         with contextlib.ExitStack() as opened:
@@ -123,6 +128,7 @@ class Copier:
             self.source = opened.enter_context(source((wire.BASE_ALLOCATION,)))
             self.target = opened.enter_context(Client.connect(target_address, target_name, (wire.BASE_ALLOCATION,)))
             self._opened = opened.pop_all()
+        self.unequal: Extents = []
 
     def __enter__(self) -> Copier:
         return self
@@ -131,80 +137,106 @@ class Copier:
         self._opened.close()
 
     def copy(self, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
-        """Copies what differs from offset `start` on; yields the offset up to which it is durable, now and then and
-        at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
+        """Copies what differs from offset `start` on and proves it; yields the offset up to which it is durable and
+        compared, now and then and at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
         reads, writes = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
         can_zero = bool(self.target.flags & wire.SEND_WRITE_ZEROES)
-        done = since = 0
+        proof = _Proof(self.source, self.target)
+        written: deque[Extent] = deque()
+        done = flushed = kept = 0
 
-        def zeros(offset: int, length: int) -> None:
+        def zeros(piece: Extent) -> None:
             if can_zero:
-                return writes.zero(offset, length)
-            for at in range(offset, offset + length, PIECE_BYTES):
-                writes.write(at, _ZEROS[: offset + length - at])
+                return writes.zero(piece.offset, piece.length, then=partial(written.append, piece))
+            end = piece.offset + piece.length
+            for at in range(piece.offset, end, PIECE_BYTES):
+                part = Extent(at, min(PIECE_BYTES, end - at), True)
+                writes.write(at, _ZEROS[: part.length], then=partial(written.append, part))
 
         def write(offset: int, content: bytearray) -> None:
+            piece = Extent(offset, len(content), False)
             if _is_zero(content):
-                zeros(offset, len(content))
+                zeros(piece)
             else:
-                writes.write(offset, content)
+                writes.write(offset, content, then=partial(written.append, piece))
 
-        for offset, length, zero in pieces(with_zeros(self.source, ranges(self.changes, start))):
-            if zero:
-                zeros(offset, length)
+        def finish() -> None:
+            reads.finish()
+            writes.finish()
+            self.target.flush()
+            while written:
+                proof.begin(written.popleft())
+            self.unequal += proof.finish()
+
+        for piece in pieces(with_zeros(self.source, ranges(self.changes, start))):
+            if piece.zero:
+                zeros(piece)
             else:
-                reads.read(offset, length, write)
-            done, since = done + length, since + length
+                reads.read(piece.offset, piece.length, write)
+            while written:
+                proof.begin(written.popleft())
+            done += piece.length
             on_bytes(done)
-            if since >= checkpoint_bytes:
-                reads.finish()
-                writes.finish()
-                self.target.flush()
-                since = 0
-                yield offset + length
-        reads.finish()
-        writes.finish()
-        self.target.flush()
+            if done - kept >= checkpoint_bytes:
+                finish()
+                kept = flushed = done
+                yield piece.offset + piece.length
+            elif done - flushed >= _FLUSH_BYTES:
+                writes.flush()
+                flushed = done
+        finish()
         yield self.source.size
 
-    def compare(self, on_bytes: Callable[[int], None]) -> Extents:
-        """(offset, length) of pieces that differ still between the export and the primary. Raises OSError."""
-        theirs, ours = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
-        comparison = _Comparison()
+    def compare(self, on_bytes: Callable[[int], None], stop: int | None = None) -> Extents:
+        """(offset, length) of pieces that differ still between the export and the primary, in front of `stop` (None:
+        all of them). Raises OSError."""
+        proof = _Proof(self.source, self.target)
         done = 0
-        for offset, length, zero in pieces(with_zeros(self.source, ranges(self.changes))):
-            if zero:
-                for part in pieces(with_zeros(self.target, [(offset, length)])):
-                    if not part.zero:
-                        ours.read(part.offset, part.length, comparison.zeros)
-            else:
-                theirs.read(offset, length, comparison.meet)
-                ours.read(offset, length, comparison.meet)
-            done += length
+        for piece in pieces(with_zeros(self.source, ranges(self.changes, 0, stop))):
+            proof.begin(piece)
+            done += piece.length
             on_bytes(done)
-        theirs.finish()
-        ours.finish()
-        return comparison.unequal
+        return proof.finish()
 
 
-class _Comparison:
+class _Proof:
     """Pieces from both sides, each compared when its second copy arrives; at most the requests in flight are held."""
 
-    def __init__(self) -> None:
-        self.unequal: Extents = []
+    def __init__(self, source: Client, target: Client) -> None:
+        self._target = target
+        self._theirs, self._ours = source.pipeline(DEPTH), target.pipeline(DEPTH)
+        self._unequal: Extents = []
         self._first: dict[int, bytearray] = {}
 
-    def meet(self, offset: int, content: bytearray) -> None:
+    def begin(self, piece: Extent) -> None:
+        """Asks for a piece that the primary has taken. Raises OSError of this or an earlier one."""
+        if not piece.zero:
+            self._theirs.read(piece.offset, piece.length, self._meet)
+            self._ours.read(piece.offset, piece.length, self._meet)
+            return
+        for part in pieces(with_zeros(self._target, [(piece.offset, piece.length)])):
+            if not part.zero:
+                self._ours.read(part.offset, part.length, self._zeros)
+
+    def finish(self) -> Extents:
+        """(offset, length) of those since the last call that differ, when all are compared. Raises OSError."""
+        self._theirs.finish()
+        self._ours.finish()
+        assert not self._first  # each has been read from both sides
+        found, self._unequal = self._unequal, []
+        return found
+
+    def _meet(self, offset: int, content: bytearray) -> None:
         other = self._first.pop(offset, None)
         if other is None:
             self._first[offset] = content
         elif other != content:
             self._note(offset, len(content))
 
-    def zeros(self, offset: int, content: bytearray) -> None:
+    def _zeros(self, offset: int, content: bytearray) -> None:
         if not _is_zero(content):
             self._note(offset, len(content))
 
     def _note(self, offset: int, length: int) -> None:
-        if len(self.unequal) < _MAX_UNEQUAL:
-            self.unequal.append((offset, length))
+        if len(self._unequal) < _MAX_UNEQUAL:
+            self._unequal.append((offset, length))

@@ -20,7 +20,7 @@ from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, Unre
 from cdp.nbd.client import Client
 from cdp.recovery import job as jobs
 from cdp.recovery.control import Commands, Control
-from cdp.recovery.copying import Copier, measure, near, ranges
+from cdp.recovery.copying import Copier, Extents, measure, near, ranges
 from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PROVE, UNDO, UNLOCK, WAIT, Job
 
 # A machine that restarts is back within this time; after it a person should look.
@@ -82,6 +82,9 @@ class Rollback:
         self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
+        # By volume: from where on this run's copying was proven, and what of that differs. Forgotten at any error:
+        # who was away meanwhile may have lost what was not durable yet.
+        self._proven: dict[str, tuple[int, Extents]] = {}
         self._furthest = (-1, 0, 0)
         self._may_have_begun = job.step == BEGIN and job.begin is None
         self._steps: dict[str, Callable[[], str]] = {
@@ -112,6 +115,7 @@ class Rollback:
                 self._enter(self._steps[self.job.step]())
             except (CdpError, OSError) as e:
                 self._attached = False
+                self._proven.clear()
                 self._note(e)
                 if isinstance(e, CdpError) and not self._may_pass(e):
                     self._release_if_not_begun(e)
@@ -226,6 +230,8 @@ class Rollback:
                 )
 
     def _copy(self) -> str:
+        """Copies, and proves each piece while later ones are copied."""
+        self._proven.clear()
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
                 self.job.bytes[volume], self.job.extents[volume] = measure(copier.changes)
@@ -233,13 +239,17 @@ class Rollback:
                 for copied_to in copier.copy(start, CHECKPOINT_BYTES, self._on_bytes(volume)):
                     self.job.copied_to[volume] = copied_to
                     self._save()
+                self._proven[volume] = (start, copier.unequal)
         return PROVE
 
     def _prove(self) -> str:
-        """Every changed block read back from the primary against the point, then primary against replica in-band."""
+        """Every changed block of the primary has been compared with the point when this ends: what this run copied
+        was already, the rest is now; then primary against replica, in-band."""
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
-                unequal = copier.compare(self._on_bytes(volume))
+                proven_from, unequal = self._proven.get(volume, (copier.source.size, []))
+                unequal = unequal + copier.compare(self._on_bytes(volume), proven_from)
+                self._on_bytes(volume)(self.job.bytes.get(volume, 0))
                 taken = self._commands.verify(volume, near(ranges(copier.changes), VERIFY_GAP_BYTES))
             if taken is not None:
                 self._wait_applied(taken[1])

@@ -192,6 +192,7 @@ def test_what_is_copied_makes_the_other_equal_and_comparing_finds_one_byte(serve
             assert copier.compare(lambda done: None)
             durable = list(copier.copy(0, MIB, lambda done: None))
             assert durable == sorted(durable) and durable[-1] == SIZE and len(durable) > 2
+            assert copier.unequal == []
             assert copier.compare(lambda done: None) == []
         assert target.read_bytes() == made.feed.model[first][1]
         with Client.connect(there, "x") as client:
@@ -202,6 +203,37 @@ def test_what_is_copied_makes_the_other_equal_and_comparing_finds_one_byte(serve
                     ((at, length),) = copier.compare(lambda done: None)
                     assert at <= offset < at + length
                 client.write(offset, kept)
+
+
+class Forgetful(FileExport):
+    """Says yes to a write and keeps one byte of it as it was."""
+
+    def __init__(self, path: str, lost: int) -> None:
+        super().__init__(path)
+        self.lost = lost
+
+    def submit(self, connection, requests):
+        kept = os.pread(self.fd, 1, self.lost)
+        super().submit(connection, requests)
+        if any(command in (wire.WRITE, wire.WRITE_ZEROES) for command, *_ in requests):
+            os.pwrite(self.fd, kept, self.lost)
+
+
+@pytest.mark.parametrize("lost", [MIB + 5, 2 * MIB + 77, 7 * MIB - 1])
+def test_a_copy_finds_what_the_primary_did_not_keep(served, tmp_path, lost):
+    """Promise 7: each piece is proven by what the primary holds after it was written, not by what was sent."""
+    made, address, first, second = served
+    target = tmp_path / "target.raw"
+    old = bytearray(made.feed.model[second][1])
+    old[lost] = made.feed.model[first][1][lost] ^ 1
+    target.write_bytes(old)
+    with (
+        serving(OneExport(Forgetful(str(target), lost)), tmp_path / "target.sock") as there,
+        Copier(address, f"db@seq:{first}", there, "x") as copier,
+    ):
+        list(copier.copy(0, MIB, lambda done: None))
+        ((at, length),) = copier.unequal
+        assert at <= lost < at + length
 
 
 def test_a_copy_goes_on_at_an_offset(served, tmp_path):
