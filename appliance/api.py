@@ -17,6 +17,8 @@ from cdp.errors import CdpError, NotFoundError
 # A client that waits longer asks again; waits are for replay, which has no upper bound of its own.
 MAX_TIMEOUT_SECONDS = 3600.0
 DEFAULT_TIMEOUT_SECONDS = 30.0
+# Who watches a rollback asks again; a parent that stops need not wait for longer.
+MAX_WATCH_SECONDS = 10.0
 _HTTP_STATUS = {2: 400, 3: 404, 4: 409, 5: 503, 6: 500}
 
 # What people and scripts may ask of each child. Locks and the ends of a rollback are asked by rollbacks only, which
@@ -34,7 +36,7 @@ class Rollbacks(Protocol):
     """The rollback jobs that the replayer's parent runs."""
 
     def jobs(self) -> list[dict[str, Any]]: ...
-    def job(self, number: str) -> dict[str, Any]: ...
+    async def watch(self, number: str, seconds: float) -> dict[str, Any]: ...
     def begin(self, request: dict[str, Any]) -> dict[str, Any]: ...
     def act(self, number: str, action: str) -> dict[str, Any]: ...
 
@@ -79,8 +81,8 @@ def _add_rollbacks(app: FastAPI, rollbacks: Rollbacks) -> None:
         return {"rollbacks": rollbacks.jobs()}
 
     @app.get("/v1/rollbacks/{number}")
-    async def job(number: str) -> dict[str, Any]:
-        return rollbacks.job(number)
+    async def job(number: str, wait_seconds: float = 0.0) -> dict[str, Any]:
+        return await rollbacks.watch(number, min(wait_seconds, MAX_WATCH_SECONDS))
 
     @app.post("/v1/rollbacks")
     async def begin(request: dict[str, Any] = Body()) -> dict[str, Any]:

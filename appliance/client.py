@@ -53,9 +53,10 @@ class Client:
         """Every rollback job that the replayer's parent remembers, oldest first."""
         return list(self._call(paths.REPLAYER, "GET", "/v1/rollbacks", None, COMMAND_SECONDS)["rollbacks"])
 
-    def rollback(self, number: str) -> dict[str, Any]:
-        """One rollback job."""
-        return self._call(paths.REPLAYER, "GET", f"/v1/rollbacks/{number}", None, COMMAND_SECONDS)
+    def rollback(self, number: str, wait_seconds: float = 0.0) -> dict[str, Any]:
+        """One rollback job, when it runs no more or after so many seconds (10 at most)."""
+        path = f"/v1/rollbacks/{number}?wait_seconds={wait_seconds:g}"
+        return self._call(paths.REPLAYER, "GET", path, None, COMMAND_SECONDS)
 
     def begin_rollback(self, request: dict[str, Any]) -> dict[str, Any]:
         """Starts one; it goes on when this process ends."""

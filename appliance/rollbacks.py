@@ -78,6 +78,13 @@ class RollbackJobs:
             "failure": None if run.error is None else run.error.to_dict() | {"exit_code": run.error.exit_code},
         }
 
+    async def watch(self, number: str, seconds: float) -> dict[str, Any]:
+        """As `job`, when it runs no more, and in so many seconds at the latest. Raises NotFoundError."""
+        run = self._runs.get(number)
+        if run is not None and run.task is not None:
+            await asyncio.wait({run.task}, timeout=seconds)
+        return self.job(number)
+
     def begin(self, request: dict[str, Any]) -> dict[str, Any]:
         """Starts a job of `{"group", "volumes", "target_seq", "target_time_ns", "expression", "disconnect"}`."""
         volumes = list(request["volumes"])

@@ -21,8 +21,10 @@ from cdp.recovery import job as jobs
 from cdp.recovery.plan import Plan, Space, plan
 from cdp.recovery.times import parse_iso, read_in, zone_named
 
-# Between two looks at a job: a progress bar that moves, at no cost.
-POLL_SECONDS = 0.1
+# Between two looks at a job that runs: a progress bar that moves; without one only its end is waited for.
+LOOK_SECONDS, QUIET_SECONDS = 0.1, 10.0
+# Between two looks at one that does not run, until somebody runs it again.
+PAUSE_SECONDS = 0.1
 # A replayer's parent that is started again meanwhile is back by then.
 AWAY_SECONDS = 60.0
 _ANSWER = ("target", "bookmark", "begin", "end", "bytes", "extents", "group", "volumes", "direction")
@@ -143,12 +145,14 @@ def _follow(job: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """The job at its end, with a bar until then. Raises the error that it stopped with."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     pause, gone_ns = threading.Event(), 0
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+    hidden = quiet or not err.is_terminal
+    with Progress(*columns, console=err, disable=hidden, transient=True) as bar:
         task = bar.add_task("lock", total=None)
         while job["running"] or (job["active"] and not job["failure"]):
-            pause.wait(POLL_SECONDS)
+            if not job["running"]:
+                pause.wait(PAUSE_SECONDS)
             try:
-                job = client().rollback(job["id"])
+                job = client().rollback(job["id"], QUIET_SECONDS if hidden else LOOK_SECONDS)
             except UnreachableError:
                 job["running"] = False
             if job["running"]:
