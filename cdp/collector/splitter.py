@@ -131,7 +131,9 @@ class Splitter(Export):
         except StorageError as e:  # a request that no segment can hold
             group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, e)
             return self._refuse(connection, writes, errno.EIO)
-        volume.dirty = group.active = True
+        volume.dirty = True
+        if volume.lock is None:  # what a rollback copies is nothing that its own VERIFY should make way for
+            group.active = True
         group.dirty_bytes += data_bytes
         try:
             self._execute(connection, writes, first_seq, plain)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+from cdp.errors import RefusedError
 from cdp.nbd import wire
 from cdp.nbd.client import Client
 from cdp.recovery.past import CHANGED
@@ -118,6 +119,20 @@ def _is_zero(content: bytearray) -> bool:
     return not content[0] and not content[-1] and content == bytes(len(content))
 
 
+def check_size(replayer_address: str, volume: str, seq: int) -> None:
+    """A volume that grew since the point keeps its size, so the point does not fit it. Raises RefusedError."""
+    sizes = []
+    for name in (f"{volume}@seq:{seq}", volume):
+        with Client.connect(replayer_address, name) as client:
+            sizes.append(client.size)
+    if sizes[0] != sizes[1]:
+        raise RefusedError(
+            f"{volume} had {sizes[0]:,} bytes at that point and has {sizes[1]:,} now.",
+            "Export the point instead.",
+            code="unsupported",
+        )
+
+
 class Copier:
     """A past export and the locked primary that gets its content. `unequal` is what was copied and differs still."""
 
@@ -136,9 +151,13 @@ class Copier:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def copy(self, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
+    def copy(
+        self, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None],
+        on_written: Callable[[int, int], None] = lambda offset, length: None,
+    ) -> Iterator[int]:  # fmt: skip
         """Copies what differs from offset `start` on and proves it; yields the offset up to which it is durable and
-        compared, now and then and at the end. `on_bytes` gets the bytes copied since `start`. Raises OSError."""
+        compared, now and then and at the end. `on_bytes` gets the bytes copied since `start`, `on_written` each offset
+        and length that the primary took. Raises OSError."""
         reads, writes = self.source.pipeline(DEPTH), self.target.pipeline(DEPTH)
         can_zero = bool(self.target.flags & wire.SEND_WRITE_ZEROES)
         proof = _Proof(self.source, self.target)
@@ -160,12 +179,17 @@ class Copier:
             else:
                 writes.write(offset, content, then=partial(written.append, piece))
 
+        def prove() -> None:
+            while written:
+                piece = written.popleft()
+                proof.begin(piece)
+                on_written(piece.offset, piece.length)
+
         def finish() -> None:
             reads.finish()
             writes.finish()
             self.target.flush()
-            while written:
-                proof.begin(written.popleft())
+            prove()
             self.unequal += proof.finish()
 
         for piece in pieces(with_zeros(self.source, ranges(self.changes, start))):
@@ -173,8 +197,7 @@ class Copier:
                 zeros(piece)
             else:
                 reads.read(piece.offset, piece.length, write)
-            while written:
-                proof.begin(written.popleft())
+            prove()
             done += piece.length
             on_bytes(done)
             if done - kept >= checkpoint_bytes:

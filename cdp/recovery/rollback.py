@@ -14,14 +14,16 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cdp import storage
 from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, UnreachableError
 from cdp.nbd.client import Client
 from cdp.recovery import job as jobs
 from cdp.recovery.control import Commands, Control
-from cdp.recovery.copying import Copier, Extents, measure, near, ranges
+from cdp.recovery.copying import Copier, check_size, measure, near, ranges
 from cdp.recovery.job import ABANDON, BEGIN, COPY, DONE, END, FORWARD, LOCK, PROVE, UNDO, UNLOCK, WAIT, Job
+from cdp.recovery.verifying import GAP_BYTES, Proven, Verifying
 
 # A machine that restarts is back within this time; after it a person should look.
 PATIENCE_SECONDS = 600.0
@@ -31,8 +33,6 @@ LAG_SECONDS = 6 * 3600.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 # Bytes after which the copy is flushed and its progress kept: what a resume may have to copy again.
 CHECKPOINT_BYTES = 256 << 20
-# What lies between two changes this near is verified with them: less work than another record.
-VERIFY_GAP_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Rollback:
         self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
-        # By volume: from where on this run's copying was proven, and what of that differs. Forgotten at any error:
-        # who was away meanwhile may have lost what was not durable yet.
-        self._proven: dict[str, tuple[int, Extents]] = {}
+        # By volume, of what this run copied. Forgotten at any error: who was away meanwhile may have lost what was
+        # not durable yet.
+        self._proven: dict[str, Proven] = {}
         self._furthest = (-1, 0, 0)
         self._may_have_begun = job.step == BEGIN and job.begin is None
         self._steps: dict[str, Callable[[], str]] = {
@@ -164,25 +164,12 @@ class Rollback:
     def _lock_volumes(self) -> str:
         self._commands.wait(self.job.group, self.job.target_seq, 0.0)  # nobody is cut off for an absent replayer
         for volume in self.job.volumes:
-            self._check_size(volume)
+            check_size(self._replayer, volume, self.job.target_seq)
         self._commands.lock(self.job.volumes, self.job.secret, self.job.disconnect)
         for volume in self.job.volumes:
             with Client.connect(self._collector, f"{volume}!{self.job.secret}") as client:
                 client.flush()
         return BEGIN
-
-    def _check_size(self, volume: str) -> None:
-        """A volume that grew since the point keeps its size, so the point does not fit it."""
-        sizes = []
-        for name in (f"{volume}@seq:{self.job.target_seq}", volume):
-            with Client.connect(self._replayer, name) as client:
-                sizes.append(client.size)
-        if sizes[0] != sizes[1]:
-            raise RefusedError(
-                f"{volume} had {sizes[0]:,} bytes at that point and has {sizes[1]:,} now.",
-                "Export the point instead.",
-                code="unsupported",
-            )
 
     def _attach(self) -> None:
         """What a process of the appliance may have forgotten in a restart, and what a killed job may still hold."""
@@ -230,30 +217,33 @@ class Rollback:
                 )
 
     def _copy(self) -> str:
-        """Copies, and proves each piece while later ones are copied."""
+        """Copies, and compares and verifies each piece while later ones are copied."""
         self._proven.clear()
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
                 self.job.bytes[volume], self.job.extents[volume] = measure(copier.changes)
                 start = self.job.copied_to.get(volume, 0)
-                for copied_to in copier.copy(start, CHECKPOINT_BYTES, self._on_bytes(volume)):
-                    self.job.copied_to[volume] = copied_to
-                    self._save()
-                self._proven[volume] = (start, copier.unequal)
+                with Verifying(partial(self._commands.verify, volume)) as verifying:
+                    for copied_to in copier.copy(start, CHECKPOINT_BYTES, self._on_bytes(volume), verifying.add):
+                        self.job.copied_to[volume] = copied_to
+                        self._save()
+                    self._proven[volume] = Proven(start, copier.unequal, verifying.finish())
         return PROVE
 
     def _prove(self) -> str:
-        """Every changed block of the primary has been compared with the point when this ends: what this run copied
-        was already, the rest is now; then primary against replica, in-band."""
+        """When this ends every changed block of the primary has been compared with the point, and verified in-band
+        against the replica: what this run copied was already, the rest is now; then the replica's verdict."""
         for volume in self.job.volumes:
             with self._copier(volume) as copier:
-                proven_from, unequal = self._proven.get(volume, (copier.source.size, []))
-                unequal = unequal + copier.compare(self._on_bytes(volume), proven_from)
+                proven = self._proven.get(volume) or Proven(copier.source.size, [], None)
+                unequal = proven.unequal + copier.compare(self._on_bytes(volume), proven.start)
                 self._on_bytes(volume)(self.job.bytes.get(volume, 0))
-                taken = self._commands.verify(volume, near(ranges(copier.changes), VERIFY_GAP_BYTES))
-            if taken is not None:
-                self._wait_applied(taken[1])
-                unequal += self._commands.mismatches(volume, *taken)
+                rest = near(ranges(copier.changes, 0, proven.start), GAP_BYTES)
+                taken = [t for t in (proven.taken, self._commands.verify(volume, rest)) if t is not None]
+            if taken:
+                first, last = taken[0][0], taken[-1][1]
+                self._wait_applied(last)
+                unequal += self._commands.mismatches(volume, first, last)
             if unequal:
                 return self._not_equal(volume, unequal)
         return END

@@ -46,7 +46,9 @@ def test_copying_the_same_again_and_again_is_no_progress(scene, monkeypatch):
     """Promise 9: each attempt takes journal and history; one that never gets further must end."""
     attempts = []
 
-    def copy(self: Copier, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None]) -> Iterator[int]:
+    def copy(
+        self: Copier, start: int, checkpoint_bytes: int, on_bytes: Callable[[int], None], on_written: object
+    ) -> Iterator[int]:
         attempts.append(start)
         for done in range(0, 1 << 20, 1 << 16):
             on_bytes(done)
