@@ -25,6 +25,7 @@ from cdp.history.index import Place, Position, keys_of, position_put, puts_of, r
 from cdp.history.index_map import RocksMap, SortedMap
 from cdp.history.timeline import Timeline
 from cdp.history.timeline_rows import TimelineWriter
+from cdp.history.touched import Touched
 from cdp.history.undo import UndoLog, Written
 from cdp.history.undo_format import BLOCK_BYTES, BLOCK_MASK, RUN_BIT, VOLUME_SHIFT, Array, Bundle
 from cdp.history.view import View
@@ -84,6 +85,7 @@ class History:
         self._begun = self._read_oldest()
         self._check_whole()
         self.run_volumes = volumes_with_runs(self.entries.cursor())
+        self.touched = Touched(self.log.last_seq)
         self._rows = TimelineWriter(self.entries)
         self._torn: Bundle | None = None
         self._flushed_ordinal = 0
@@ -208,9 +210,8 @@ class History:
 
     def _index(self, bundle: Bundle) -> None:
         rows = bundle.rows
-        runs = rows["code"] & RUN_BIT != 0
-        if runs.any():
-            self.run_volumes |= {int(v) for v in set((rows["code"][runs] >> VOLUME_SHIFT).tolist())}
+        self.run_volumes |= set((rows["code"][rows["code"] & RUN_BIT != 0] >> VOLUME_SHIFT).tolist())
+        self.touched.note(rows["code"], bundle.header.last_seq)
         puts = puts_of(bundle)
         puts += self._rows.puts_of(bundle)
         puts.append(position_put(Position(bundle.ordinal, bundle.end, max(self.log.synced_seq, whole_seq(bundle)))))

@@ -17,6 +17,7 @@ from cdp.history.changed import flags_of, merged
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, all_after, first_after
 from cdp.history.index_map import SortedMap
+from cdp.history.touched import Touched
 from cdp.history.undo import UndoLog
 from cdp.history.undo_format import BLOCK_BYTES, BLOCK_MASK, RUN_BIT, RUN_BLOCKS, RUN_ZERO, VOLUME_SHIFT, Array
 
@@ -37,6 +38,7 @@ class Window(Protocol):
     log: UndoLog
     entries: SortedMap
     run_volumes: set[int]
+    touched: Touched
     closed: bool
 
     @property
@@ -94,16 +96,19 @@ class View:
             _put(self._fetch.block(self._base | block, seq, place), block, offset, target)
 
     def _patch_one(self, block: int, offset: int, target: memoryview) -> None:
-        cursor = self._window.entries.cursor()
-        single = first_after(cursor, self._base | block, self.seq)
-        if self.volume in self._window.run_volumes:
-            code = self._base | RUN_BIT | (block & ~_RUN_MASK)
-            run = first_after(cursor, code, self.seq)
-            if run is not None and (single is None or run[0] < single[0]):
-                _put(self._fetch.run(code, *run, block & _RUN_MASK, 1)[0], block, offset, target)
-                return
-        if single is not None:
-            _put(self._fetch.block(self._base | block, *single), block, offset, target)
+        window, code = self._window, self._base | block
+        run_code = self._base | RUN_BIT | (block & ~_RUN_MASK)
+        ask_single = window.touched.may_follow(code, self.seq)
+        ask_run = self.volume in window.run_volumes and window.touched.may_follow(run_code, self.seq)
+        if not (ask_single or ask_run):
+            return
+        cursor = window.entries.cursor()
+        single = first_after(cursor, code, self.seq) if ask_single else None
+        run = first_after(cursor, run_code, self.seq) if ask_run else None
+        if run is not None and (single is None or run[0] < single[0]):
+            _put(self._fetch.run(run_code, *run, block & _RUN_MASK, 1)[0], block, offset, target)
+        elif single is not None:
+            _put(self._fetch.block(code, *single), block, offset, target)
 
     def _entries(
         self, first: int, last: int
