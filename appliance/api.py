@@ -29,6 +29,7 @@ COMMANDS = {
         "consumer_remove", "trust", "clients",
     },
     "replayer": {"points", "resolve", "diff", "wait", "verify_result", "pin", "unpin", "space", "reset"},
+    "relay": set(),
 }  # fmt: skip
 
 

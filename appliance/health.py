@@ -15,15 +15,23 @@ Figures = dict[str, Any]
 
 
 def status(
-    groups: list[dict[str, Any]], collector: dict[str, Any] | None, replayer: dict[str, Any] | None
+    groups: list[dict[str, Any]],
+    collector: dict[str, Any] | None,
+    replayer: dict[str, Any] | None,
+    relay: dict[str, Any] | None = None,
+    relayed: bool = False,
 ) -> dict[str, Any]:
     """The body of `status --json`.
 
-    `groups` are the configured ones: name, window_ns, max_lag_ns, volumes with name, size and primary. `collector` and
-    `replayer` are answers of the parents' status calls, None where a parent cannot be reached.
+    `groups` are the configured ones: name, window_ns, max_lag_ns, volumes with name, size and primary. `collector`,
+    `replayer` and `relay` are answers of the parents' status calls, None where a parent cannot be reached. `relayed`:
+    the configuration has a relay.
     """
-    ours, theirs = _figures(collector), _figures(replayer)
-    described = [_group(g, ours, _of(ours, g["name"]), _of(theirs, g["name"])) for g in groups]
+    ours, theirs, between = _figures(collector), _figures(replayer), _figures(relay)
+    described = []
+    for g in groups:
+        carrier = _relay(_of(between, g["name"])) if relayed else None
+        described.append(_group(g, ours, _of(ours, g["name"]), _of(theirs, g["name"]), carrier))
     fine = [group.pop("_healthy") for group in described]  # of every group: none may keep the key
     return {
         "healthy": all(fine),
@@ -31,6 +39,7 @@ def status(
         "processes": {
             "collector": collector["pid"] if collector else None,
             "replayer": replayer["pid"] if replayer else None,
+            **({"relay": relay["pid"] if relay else None} if relayed else {}),
         },
     }
 
@@ -50,9 +59,20 @@ def point(found: dict[str, Any] | None) -> dict[str, Any]:
     return {"seq": found["seq"], "time": iso_utc(found["time_ns"])}
 
 
-def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | None, r: Figures | None) -> Figures:
+def _relay(found: Figures | None) -> Figures:
+    """What is between the collector and the broker; unknown where it cannot be reached."""
+    if found is None:
+        text = "the relay cannot be reached: nothing is carried to Kafka"
+        return {"state": None, "topic": None, "carried_seq": None, "reason": {"code": "unreachable", "text": text}}
+    shown = {key: found[key] for key in ("state", "topic", "carried_seq")}
+    return shown | ({"reason": found["reason"]} if found["reason"] else {})
+
+
+def _group(
+    configured: dict[str, Any], all_ours: Figures | None, c: Figures | None, r: Figures | None, relay: Figures | None
+) -> Figures:
     volumes = [_volume(v, c, r) for v in configured["volumes"]]
-    state, reason = _state(c, [(c or {}), (r or {}), *volumes])
+    state, reason = _state(c, [(c or {}), (r or {}), (relay or {}), *volumes])
     journal = (c or {}).get("journal") or {}
     lag = _lag(all_ours, c, r)
     described = {
@@ -76,10 +96,14 @@ def _group(configured: dict[str, Any], all_ours: Figures | None, c: Figures | No
     if away:
         text = f"the {' and the '.join(away)} cannot be reached: what only it knows is unknown"
         reason = reason or {"code": "unreachable", "text": text}
+    if relay is not None:
+        described["relay"] = relay
+        reason = reason or relay.get("reason")
     if reason:
         described["reason"] = reason
     in_time = lag["lag_seconds"] is not None and lag["lag_seconds"] <= configured["max_lag_ns"] / 1e9
     described["_healthy"] = state == "protected" and in_time and not described["window"]["short"]
+    described["_healthy"] &= relay is None or relay.get("state") == "carrying"
     return described
 
 

@@ -1,6 +1,7 @@
 """A parent: supervises one child, serves its API on a unix socket, ends with it.
 
-`run` is what `cdp collector` and `cdp replayer` are. Its stdout says where everything listens and then `ready`.
+`run` is what `cdp collector`, `cdp replayer` and `cdp relay` are. Its stdout says where everything
+listens and then `ready`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ LOCK_SECONDS = 10.0
 GRACE_SECONDS = 2
 # The CLI, rollbacks and a few watchers; more connections than this wait unread.
 MAX_CONNECTIONS = 64
-MODULES = {paths.COLLECTOR: "appliance.collector_child", paths.REPLAYER: "appliance.replayer_child"}
+MODULES = {
+    paths.COLLECTOR: "appliance.collector_child",
+    paths.REPLAYER: "appliance.replayer_child",
+    paths.RELAY: "appliance.relay_child",
+}
 
 
 class _Server(uvicorn.Server):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import socket
 
-COLLECTOR, REPLAYER = "collector", "replayer"
+COLLECTOR, REPLAYER, RELAY = "collector", "replayer", "relay"
 # In the replayer's folder: the files of rollback jobs.
 ROLLBACKS = "rollbacks"
 ROLLBACK_ACTIONS = ("resume", "undo", "abandon")
 
 
 def folder(state_dir: str, role: str) -> str:
-    """`STATE/collector` or `STATE/replayer`."""
+    """`STATE/collector`, `STATE/replayer` or `STATE/relay`."""
     return os.path.join(state_dir, role)
+
+
+def journal_folder(state_dir: str, group: str) -> str:
+    """The embedded journal of a group, on the collector's machine."""
+    return os.path.join(folder(state_dir, COLLECTOR), "groups", group, "journal")
 
 
 def api_socket(state_dir: str, role: str) -> str:

@@ -21,6 +21,7 @@ from cdp import storage
 from cdp.journal.reader import EmbeddedReader
 from cdp.nbd.loop import Loop
 from cdp.recovery.past import Past
+from cdp.replica.apply import ReaderOf
 from cdp.replica.replayer import Replayer
 
 # Above the default of 0, so the collector gets its turn first; not 19: a replayer that starves only falls behind.
@@ -28,6 +29,8 @@ NICE = 5
 # ioprio_set(2): best effort, the lowest level in it (idle would never get a turn on a busy disk).
 _IOPRIO_WHO_PROCESS, _IOPRIO_BEST_EFFORT_LOWEST = 1, (2 << 13) | 7
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
+# In a group's folder, beside the committed position: its place in the topic.
+PLACE_FILE = "place"
 # "A start waits up to 10 s for locks."
 LOCK_SECONDS = 10.0
 
@@ -55,16 +58,26 @@ class ReplayerService:
         self._commands = Commands(self._groups, volumes)
 
     def _group(self, group: dict[str, Any], settings: dict[str, Any]) -> Replayer:
-        journal = os.path.join(paths.folder(self._state_dir, paths.COLLECTOR), "groups", group["name"], "journal")
+        folder = os.path.join(self._home, "groups", group["name"])
         return Replayer(
-            os.path.join(self._home, "groups", group["name"]),
+            folder,
             group["name"],
-            partial(EmbeddedReader, journal, "replayer"),
+            self._reader_of(group["name"], folder, settings),
             window_ns=group["window_ns"],
             window_bytes=group["window_bytes"],
             segment_bytes=settings["segment_size"],
             volumes=[v["name"] for v in group["volumes"]],
         )
+
+    def _reader_of(self, group: str, folder: str, settings: dict[str, Any]) -> ReaderOf:
+        if settings["kafka"] is None:
+            return partial(EmbeddedReader, paths.journal_folder(self._state_dir, group), "replayer")
+        # Only here: who has no broker pays nothing for its client.
+        from appliance.kafka_settings import cluster_of
+        from cdp.journal.kafka.reader import KafkaReader
+
+        storage.makedirs(folder, exist_ok=True)
+        return partial(KafkaReader, cluster_of(settings, group), os.path.join(folder, PLACE_FILE))
 
     def exports(self) -> Past:
         """What the NBD side offers."""

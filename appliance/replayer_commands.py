@@ -25,7 +25,7 @@ MAX_WAIT_SECONDS = 3600.0
 MAX_PINS = 64
 # Why a group may stand still for good, so that only a new history helps: the journal jumps, or continues another one,
 # or what the replayer keeps is damaged.
-RESET_CODES = ("hole", "forked", "fenced", "corrupt")
+RESET_CODES = ("hole", "place_expired", "topic_replaced", "forked", "fenced", "corrupt")
 
 
 class GroupSource:

@@ -12,9 +12,10 @@ def child_settings(role: str, config: Config) -> dict[str, Any]:
     """Sizes in bytes, times in ns, paths absolute."""
     return {
         "state_dir": config.appliance.state_dir,
-        "listen": config.collector.listen if role == paths.COLLECTOR else config.replayer.listen,
+        "listen": _listen(role, config),
         "segment_size": config.journal.segment_size,
         "max_size": config.journal.max_size,
+        "kafka": _kafka(config),
         "groups": [
             {
                 "name": group.name,
@@ -25,6 +26,27 @@ def child_settings(role: str, config: Config) -> dict[str, Any]:
             }
             for group in config.groups
         ],
+    }
+
+
+def _listen(role: str, config: Config) -> list[str]:
+    if role == paths.RELAY:
+        return []
+    return config.collector.listen if role == paths.COLLECTOR else config.replayer.listen
+
+
+def _kafka(config: Config) -> dict[str, Any] | None:
+    """None: the journal is embedded alone."""
+    j = config.journal
+    if j.kind != "kafka":
+        return None
+    return {
+        "bootstrap_servers": j.bootstrap_servers,
+        "topic_prefix": j.topic_prefix,
+        "replication_factor": j.replication_factor,
+        "min_insync_replicas": j.min_insync_replicas,
+        "retention_ns": j.retention,
+        "keep_after_ack_ns": j.keep_after_ack,
     }
 
 

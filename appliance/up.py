@@ -1,4 +1,4 @@
-"""`cdp up`: both parents as processes, until Ctrl-C. Says where everything listens, then `ready` once both are."""
+"""`cdp up`: all parents as processes, until Ctrl-C. Says where everything listens, then `ready` once they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_SECONDS = 35.0
 
 
 class Part:
-    """One of `cdp collector` and `cdp replayer`."""
+    """One of `cdp collector`, `cdp replayer` and `cdp relay`."""
 
     def __init__(self, role: str, config_path: str, debug: bool) -> None:
         self.role = role
@@ -45,7 +45,7 @@ class Part:
             delay = min(delay * 2, MAX_DELAY_SECONDS)
 
     async def _live(self) -> int:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops both in order.
+        # A session of its own: Ctrl-C reaches this process alone, which then stops all in order.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "appliance.cli.main", *self._arguments, env=environment(),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True,
@@ -76,27 +76,28 @@ class Part:
             await process.wait()
 
 
-def run(config_path: str, debug: bool = False) -> int:
-    """The exit code: 0 after a clean stop, else that of the part that could not start."""
+def run(config_path: str, debug: bool = False, relayed: bool = False) -> int:
+    """The exit code: 0 after a clean stop, else that of the part that could not start. `relayed`: a relay too."""
     die_with_parent()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    return asyncio.run(_run(config_path, debug))
+    return asyncio.run(_run(config_path, debug, relayed))
 
 
-async def _run(config_path: str, debug: bool) -> int:
+async def _run(config_path: str, debug: bool, relayed: bool) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    collector, replayer = (Part(role, config_path, debug) for role in (paths.COLLECTOR, paths.REPLAYER))
-    running = [asyncio.create_task(part.run()) for part in (collector, replayer)]
-    announce = asyncio.create_task(_announce(collector, replayer))
+    roles = [paths.COLLECTOR, *([paths.RELAY] if relayed else []), paths.REPLAYER]
+    parts = [Part(role, config_path, debug) for role in roles]
+    running = [asyncio.create_task(part.run()) for part in parts]
+    announce = asyncio.create_task(_announce(*parts))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     announce.cancel()
     stopped.cancel()
     # The replayer first: it commits what it has while the collector still takes production's last writes.
-    await replayer.stop()
-    await collector.stop()
+    for part in reversed(parts):
+        await part.stop()
     return max(await asyncio.gather(*running))
 
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
-from urllib.parse import parse_qs, quote, urlsplit
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cdp.config_values import Address, Broker, Duration, Name, Path, Primary, Size, format_size
 from cdp.errors import ConfigError
 
-# Names are those of bookmarks: they stand in export names, file names and command lines without quoting.
-NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9._-]{0,63}"
-# The words of point expressions; a volume or a group with such a name could not be told from them.
-RESERVED_NAMES = frozenset({"now", "seq", "barrier"})
 # The file is small; more than this is not a configuration.
 MAX_FILE_BYTES = 1 << 20
 # Every group has its own journal, replica thread and index: some 10 MiB and a few descriptors each.
@@ -31,126 +26,14 @@ MAX_GROUPS = 16
 MAX_VOLUMES_IN_GROUP = 64
 # Addresses are for networks and sockets of one machine.
 MAX_ADDRESSES = 8
-# sun_path of a unix socket address has 108 bytes, the last one zero.
-MAX_SOCKET_PATH_BYTES = 107
+# Keys of [journal] that mean something to Kafka alone.
+KAFKA_KEYS = frozenset({
+    "bootstrap_servers", "topic_prefix", "replication_factor", "min_insync_replicas", "retention", "keep_after_ack",
+})  # fmt: skip
 # Above this, file offsets and NBD tools begin to differ; no disk is near.
 MAX_VOLUME_BYTES = 1 << 52
 # A sector: what a guest's disk is made of.
 SECTOR_BYTES = 512
-
-_SIZE = re.compile(r"\s*(\d{1,18})(?:\.(\d{1,6}))?\s*([A-Za-z]*)\s*", re.ASCII)
-_DURATION = re.compile(r"\s*(\d{1,9})(?:\.(\d{1,6}))?\s*(ms|s|m|h|d|w)\s*", re.ASCII)
-_SIZE_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGTP", 1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
-_SIZE_UNITS["kB"] = 1000
-_DURATION_UNITS_NS = {
-    "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9, "w": 7 * 86400 * 10**9,
-}  # fmt: skip
-
-
-def parse_size(value: object) -> int:
-    """Bytes from `64MiB`, `1.5GiB`, `10GB` or a plain number of bytes. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[3] not in _SIZE_UNITS:
-        raise ValueError(f"{value!r} is no size; write it like 512B, 64MiB, 10GiB or 1TiB")
-    return _exact(match[1], match[2], _SIZE_UNITS[match[3]], value)
-
-
-def parse_duration_ns(value: object) -> int:
-    """Nanoseconds from `500ms`, `90s`, `10m`, `24h`, `7d` or `2w`. Raises ValueError (also without a unit)."""
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{value!r} is no duration; write it with its unit, like 90s, 10m, 24h or 7d")
-    return _exact(match[1], match[2], _DURATION_UNITS_NS[match[3]], value)
-
-
-def _exact(whole: str, fraction: str | None, unit: int, value: object) -> int:
-    fraction = fraction or ""
-    scale: int = 10 ** len(fraction)
-    number, rest = divmod(int(whole + fraction) * unit, scale)
-    if rest:
-        raise ValueError(f"{value!r} is not a whole number of its smallest unit")
-    return number
-
-
-def format_size(number: int) -> str:
-    """The shortest text that `parse_size` reads as the same number."""
-    for unit in ("PiB", "TiB", "GiB", "MiB", "KiB"):
-        if number and number % _SIZE_UNITS[unit] == 0:
-            return f"{number // _SIZE_UNITS[unit]}{unit}"
-    return f"{number}B"
-
-
-def format_duration(number_ns: int) -> str:
-    """The shortest text that `parse_duration_ns` reads as the same number (whole milliseconds)."""
-    for unit in ("d", "h", "m", "s"):
-        if number_ns and number_ns % _DURATION_UNITS_NS[unit] == 0:
-            return f"{number_ns // _DURATION_UNITS_NS[unit]}{unit}"
-    return f"{number_ns // 10**6}ms"
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(NAME_PATTERN, value):
-        raise ValueError(f"{value!r} is no name: a letter or _, then up to 63 letters, digits, '.', '_' or '-'")
-    if value in RESERVED_NAMES:
-        raise ValueError(f"the name {value!r} is a word of point expressions; choose another one")
-    return value
-
-
-def _absolute(path: str, info: ValidationInfo) -> str:
-    if not path or "\0" in path:
-        raise ValueError("the path is empty")
-    return os.path.normpath(os.path.join((info.context or {}).get("folder", os.getcwd()), path))
-
-
-def _path(value: object, info: ValidationInfo) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no path")
-    return _absolute(value, info)
-
-
-def _address(value: object, info: ValidationInfo) -> str:
-    kind, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind == "unix" and rest:
-        path = _absolute(rest, info)
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-            raise ValueError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
-        return f"unix:{path}"
-    host, colon, port = rest.rpartition(":")
-    if kind == "tcp" and host and colon and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
-        return f"tcp:{host}:{int(port)}"
-    raise ValueError(f'{value!r} is no address; write "unix:/path/to.sock" or "tcp:127.0.0.1:10809"')
-
-
-def _primary(value: object, info: ValidationInfo) -> str:
-    text = value if isinstance(value, str) else ""
-    if text == "none":
-        return text
-    if text.startswith("file:") and text != "file:":
-        return "file:" + _absolute(text.removeprefix("file:"), info)
-    url = urlsplit(text)
-    if url.scheme == "nbd" and url.hostname:
-        return text
-    sockets = parse_qs(url.query).get("socket", [])
-    if url.scheme == "nbd+unix" and not url.netloc and len(sockets) == 1:
-        return f"nbd+unix:///{url.path.lstrip('/')}?socket={quote(_absolute(sockets[0], info))}"
-    raise ValueError(
-        f'{value!r} is no primary; write "file:/path", "nbd://host:port/export", '
-        '"nbd+unix:///export?socket=/path" or "none"'
-    )
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
-Duration = Annotated[int, BeforeValidator(parse_duration_ns)]
-Name = Annotated[str, BeforeValidator(_name)]
-Path = Annotated[str, BeforeValidator(_path)]
-Address = Annotated[str, BeforeValidator(_address)]
-Primary = Annotated[str, BeforeValidator(_primary)]
 
 
 class _Section(BaseModel):
@@ -194,14 +77,40 @@ class Journal(_Section):
     max_size: Size = Field(
         default=20 << 30, description="of each group; hours of a busy volume while the replayer is away", ge=8 << 20
     )
+    bootstrap_servers: list[Broker] = Field(
+        default=[], description="kafka only: where its brokers are found", max_length=MAX_ADDRESSES
+    )
+    topic_prefix: str = Field(
+        default="cdp.journal.", description="kafka only: the topic is this and the group's name",
+        pattern=r"^[A-Za-z0-9._-]{0,100}$",
+    )  # fmt: skip
+    replication_factor: int = Field(default=3, description="kafka only: two brokers may be lost", ge=1, le=9)
+    min_insync_replicas: int = Field(
+        default=2, description="kafka only: what is acknowledged is on two brokers", ge=1, le=9
+    )
+    retention: Duration = Field(
+        default=7 * 86400 * 10**9, description="kafka only: what a replayer may be away for", ge=60 * 10**9
+    )
+    keep_after_ack: Duration = Field(
+        default=600 * 10**9, description="kafka only: an acknowledgement is not a sync, brokers sync within minutes"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Journal:
         if self.kind == "kafka":
-            raise ValueError('kind = "kafka" is not in this version; use "embedded"')
+            self._check_kafka()
+        elif self.model_fields_set & KAFKA_KEYS:
+            given = ", ".join(sorted(self.model_fields_set & KAFKA_KEYS))
+            raise ValueError(f'{given} belong to kind = "kafka", but kind is "embedded"')
         if self.max_size < 4 * self.segment_size:
             raise ValueError("max_size must hold at least four segments of segment_size")
         return self
+
+    def _check_kafka(self) -> None:
+        if not self.bootstrap_servers:
+            raise ValueError('bootstrap_servers is missing; write it like ["kafka-1:9092", "kafka-2:9092"]')
+        if self.min_insync_replicas > self.replication_factor:
+            raise ValueError("min_insync_replicas must not be greater than replication_factor")
 
 
 class Volume(_Section):
@@ -230,7 +139,7 @@ class Group(_Section):
     @model_validator(mode="after")
     def _check(self) -> Group:
         if self.ack == "replicated":
-            raise ValueError('ack = "replicated" needs a journal with a remote carrier; use "local"')
+            raise ValueError('ack = "replicated" is not in this version; use "local"')
         if self.window == 0:
             raise ValueError("window must be longer than nothing")
         return self

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdp import config
+from cdp import config, config_values
 from cdp.errors import ConfigError
 
 SMALL = """
@@ -137,18 +137,18 @@ def test_garbage_is_one_error(tmp_path: Any, content: bytes) -> None:
 
 @given(st.integers(0, 10**18 - 1))
 def test_sizes_survive_printing(number: int) -> None:
-    assert config.parse_size(config.format_size(number)) == number
+    assert config_values.parse_size(config_values.format_size(number)) == number
 
 
 @given(st.integers(0, 10**9))
 def test_durations_survive_printing(milliseconds: int) -> None:
     number_ns = milliseconds * 10**6
-    assert config.parse_duration_ns(config.format_duration(number_ns)) == number_ns
+    assert config_values.parse_duration_ns(config_values.format_duration(number_ns)) == number_ns
 
 
 @given(st.text())
 def test_any_text_is_a_size_or_an_error(text: str) -> None:
-    for parse in (config.parse_size, config.parse_duration_ns):
+    for parse in (config_values.parse_size, config_values.parse_duration_ns):
         with contextlib.suppress(ValueError):
             assert parse(text) >= 0
 

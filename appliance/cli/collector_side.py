@@ -14,7 +14,7 @@ from cdp.errors import UnreachableError
 # The collector answers when it has read and journaled what it must; the copy itself goes on behind.
 ANSWER_SECONDS = 60.0
 # Reasons of a replayer's group that only a new history helps.
-STUCK = ("hole", "forked", "fenced", "corrupt")
+STUCK = ("hole", "place_expired", "topic_replaced", "forked", "fenced", "corrupt")
 consumer = typer.Typer(no_args_is_help=True, help="Who still needs the journal.")
 
 

@@ -10,9 +10,10 @@ import typer
 from pydantic import BaseModel
 
 from appliance.cli.context import Json, config, config_path, emit
-from cdp.config import format_duration, format_size
+from cdp.config import KAFKA_KEYS
+from cdp.config_values import format_duration, format_size
 
-_DURATIONS = ("window", "max_lag")
+_DURATIONS = ("window", "max_lag", "retention", "keep_after_ack")
 _SIZES = ("segment_size", "max_size", "window_size", "size")
 
 
@@ -43,6 +44,8 @@ def _section(section: BaseModel) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if name == "volumes" or (value is None and name != "window"):
+            continue
+        if name in KAFKA_KEYS and section.kind != "kafka":  # type: ignore[attr-defined]
             continue
         if name == "window":
             value = section.window_ns  # type: ignore[attr-defined]

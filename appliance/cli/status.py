@@ -36,14 +36,16 @@ def gather() -> dict[str, Any]:
     """What `--json` prints. Raises UnreachableError when no process answers."""
     answers: dict[str, dict[str, Any] | None] = {}
     errors: list[CdpError] = []
-    for role in (paths.REPLAYER, paths.COLLECTOR):  # in this order: what is applied was in the journal before
+    relayed = config().journal.kind == "kafka"
+    roles = (paths.REPLAYER, *([paths.RELAY] if relayed else []), paths.COLLECTOR)
+    for role in roles:  # in this order: what is applied was in the journal before
         try:
             answers[role] = client().status(role)
         except UnreachableError as e:
             answers[role] = None
             errors.append(e)
     if len(errors) == len(answers):
-        raise UnreachableError("Neither collector nor replayer can be reached.", errors[0].hint)
+        raise UnreachableError(f"None of {', '.join(roles)} can be reached.", errors[0].hint)
     groups = [
         {
             "name": g.name, "window_ns": g.window_ns, "max_lag_ns": g.max_lag,
@@ -51,7 +53,8 @@ def gather() -> dict[str, Any]:
         }
         for g in config().groups
     ]  # fmt: skip
-    return health.status(groups, answers[paths.COLLECTOR], answers[paths.REPLAYER])
+    collector, replayer = answers[paths.COLLECTOR], answers[paths.REPLAYER]
+    return health.status(groups, collector, replayer, answers.get(paths.RELAY), relayed)
 
 
 def _page(answer: dict[str, Any]) -> Lines:

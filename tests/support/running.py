@@ -124,6 +124,7 @@ class Appliance:
     window_size: str = ""
     segment_size: str = "4MiB"
     max_size: str = "4GiB"
+    journal: str = 'kind = "embedded"'  # the lines of [journal] that say which carrier
     disk: Path | None = None  # where the primaries are, if not in `folder`
     services: dict[str, Service] = field(default_factory=dict)
 
@@ -137,12 +138,16 @@ class Appliance:
     def primary(self, volume: str) -> Path:
         return (self.disk or self.folder) / f"{volume}.raw"
 
+    @property
+    def relayed(self) -> bool:
+        return "kafka" in self.journal
+
     def write_config(self) -> None:
         lines = [
             f'[appliance]\nstate_dir = "{self.folder / "state"}"',
             f'[collector]\nlisten = ["unix:{self.socket("collector")}"]',
             f'[replayer]\nlisten = ["unix:{self.socket("replayer")}"]',
-            f'[journal]\nkind = "embedded"\nsegment_size = "{self.segment_size}"\nmax_size = "{self.max_size}"',
+            f'[journal]\n{self.journal}\nsegment_size = "{self.segment_size}"\nmax_size = "{self.max_size}"',
             f'[[group]]\nname = "{self.group}"\nwindow = "{self.window}"\nack = "local"',
         ]
         if self.window_size:
@@ -230,7 +235,7 @@ class Appliance:
     def look(self) -> dict[str, Any]:
         """What `cdp status --json` prints; a part that cannot be reached just now is left out."""
         answers: dict[str, dict[str, Any] | None] = {}
-        for role in ("replayer", "collector"):
+        for role in ("replayer", *(["relay"] if self.relayed else []), "collector"):
             try:
                 answers[role] = self.control().status(role)
             except UnreachableError:
@@ -240,7 +245,8 @@ class Appliance:
              "volumes": [{"name": v.name, "size": v.size, "primary": v.primary} for v in g.volumes]}
             for g in load(str(self.config)).groups
         ]  # fmt: skip
-        return health.status(groups, answers["collector"], answers["replayer"])
+        sides = answers["collector"], answers["replayer"], answers.get("relay")
+        return health.status(groups, *sides, relayed=self.relayed)
 
     def bookmark(self, name: str) -> int:
         """The seq of a new bookmark, which can be opened."""
