@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from cdp.journal.kafka.cluster import Cluster
@@ -9,6 +10,8 @@ from cdp.journal.kafka.cluster import Cluster
 
 def cluster_of(settings: dict[str, Any], group: str) -> Cluster:
     """The topic that carries this group's journal. `settings["kafka"]` must be there."""
+    # Its client says the same of an absent broker many times a second; the group's reason says it once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     kafka = settings["kafka"]
     return Cluster(
         bootstrap_servers=tuple(kafka["bootstrap_servers"]),

@@ -13,6 +13,7 @@ from typing import Any
 from appliance import child, paths
 from appliance.control import Done
 from appliance.kafka_settings import cluster_of
+from appliance.priority import lower_priority
 from cdp import storage
 from cdp.errors import NotFoundError
 from cdp.journal.kafka.relay import Relay
@@ -73,6 +74,7 @@ class RelayService:
 
 def make(settings: dict[str, Any]) -> tuple[RelayService, NoExports]:
     """The service of these settings, and nothing to export."""
+    lower_priority()
     return RelayService(settings), NoExports()
 
 

@@ -6,16 +6,14 @@ collector: production first, lag second.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
-import platform
 import sys
 from functools import partial
 from typing import Any
 
 from appliance import child, paths
 from appliance.control import Done
+from appliance.priority import lower_priority
 from appliance.replayer_commands import Commands, GroupSource
 from cdp import storage
 from cdp.journal.reader import EmbeddedReader
@@ -24,25 +22,10 @@ from cdp.recovery.past import Past
 from cdp.replica.apply import ReaderOf
 from cdp.replica.replayer import Replayer
 
-# Above the default of 0, so the collector gets its turn first; not 19: a replayer that starves only falls behind.
-NICE = 5
-# ioprio_set(2): best effort, the lowest level in it (idle would never get a turn on a busy disk).
-_IOPRIO_WHO_PROCESS, _IOPRIO_BEST_EFFORT_LOWEST = 1, (2 << 13) | 7
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
 # In a group's folder, beside the committed position: its place in the topic.
 PLACE_FILE = "place"
 # "A start waits up to 10 s for locks."
 LOCK_SECONDS = 10.0
-
-
-def lower_priority() -> None:
-    """Of this whole process, before it has threads; a system that refuses is left as it is."""
-    try:
-        os.nice(NICE)
-    except OSError as e:
-        logging.getLogger("cdp").warning("the CPU priority stays as it is: %s", e)
-    if _IOPRIO_SET is not None:
-        ctypes.CDLL(None).syscall(_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_BEST_EFFORT_LOWEST)
 
 
 class ReplayerService:

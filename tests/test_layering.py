@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RANK = {"nbd": 0, "journal": 0, "history": 1, "replica": 2, "collector": 3, "recovery": 4}
 # They cost start-up time and memory in every child, and belong to the parents and the CLI.
 CONTROL_PLANE = {"pydantic", "fastapi", "starlette", "uvicorn", "typer", "rich", "httpx"}
-CHILDREN = ("collector_child", "replayer_child", "rollback_child")
+CHILDREN = ("collector_child", "replayer_child", "relay_child", "rollback_child")
 
 
 def imports(path: Path) -> Iterator[str]:
