@@ -79,8 +79,10 @@ class Trust:
         volume, group = self._volume, self._group
         group.settle()
         text = f"The {self._side} was said to be right; the whole volume is compared."
-        volume.refuse, volume.reason, volume.doubt = 0, None, None
         if not group.start_resync(volume, {"code": "trusted", "text": text}, group.journal.last_seq):
+            volume.reason = self._doubt
             return self._done(None, StorageError(f"The group {group.name} is stopped."))
+        volume.refuse, volume.reason, volume.doubt = 0, None, None
         group.hold_checkpoint = any(v.doubt for v in group.volumes)
+        group.save_state()
         self._done({"volume": volume.name, "side": self._side}, None)

@@ -140,6 +140,26 @@ def test_changed_while_stopped_cleanly_is_refused_until_trusted(tmp_path: Path) 
     assert [to for _, to in journal.gaps()].count(None) == 0 and journal.gaps()
 
 
+def test_a_decision_that_cannot_be_journaled_leaves_the_doubt(tmp_path: Path) -> None:
+    """Promise 8: else the volume would serve, `protected`, with a gap that nothing ends."""
+    path, fail = tmp_path / "db.raw", tmp_path / "fail"
+    failing = {"operation": "pwritev", "part": "/journal/", "fail_file": str(fail)}
+    runner = Runner(tmp_path, [("db", f"file:{path}", 4 * MIB)], failing=failing)
+    with runner:
+        qemu_io(runner, "write -P 1 0 1M", "flush")
+    with path.open("r+b") as f:
+        f.write(b"somebody else")
+    with runner:
+        fail.touch()
+        assert refusal(lambda: runner.command("trust", volume="db", side="primary")).code in ("storage", "stopped")
+        fail.unlink()
+        goes_on = runner.wait_for("appends", lambda f: (f["reason"] or {}).get("code") != "journal_failed")
+        assert goes_on["volumes"]["db"]["reason"]["code"] == "primary_changed"
+        runner.command("trust", volume="db", side="primary")
+        runner.wait_for("compared", lambda f: f["state"] == "protected")
+    assert bytes(Journal(runner.journal, {0: 4 * MIB}).images[0]) == path.read_bytes()
+
+
 def test_changed_after_a_kill_is_refused_and_the_journal_can_be_trusted(tmp_path: Path) -> None:
     """Starting again: after a kill the mtime is at most 2 s past the last batch's."""
     path = tmp_path / "db.raw"
