@@ -151,7 +151,7 @@ class Group:
             if not self._reopening.under_way:
                 self.journal.release()
         except (OSError, StorageError) as e:
-            log.error("group %s: its journal cannot be freed: %s", self.name, e)
+            self.said.add("release", logging.ERROR, "group %s: its journal cannot be freed: %s", self.name, e)
 
     # --- states
 
@@ -265,7 +265,14 @@ class Group:
     def save_state(self, done: Callable[[BaseException | None], None] | None = None) -> None:
         """Makes the volumes' durable facts so."""
         self._note_volumes()
-        self._state_store.save(self.content, done)
+
+        def saved(error: BaseException | None) -> None:
+            if error is not None:
+                self.said.add("state", logging.ERROR, "group %s: its state cannot be saved: %s", self.name, error)
+            if done is not None:
+                done(error)
+
+        self._state_store.save(self.content, saved)
 
     def save_state_now(self) -> None:
         """The same while no clients are served; blocks."""
@@ -283,6 +290,8 @@ class Group:
         """Primaries and journal are synced up to `seq`: a start need not go further back."""
         if self._checkpointing or self.hold_checkpoint or self._state_store.busy:
             return  # the next one will be later
+        if self._state_store.failed:  # the records behind the checkpoint are all that tells of it
+            return self.save_state(lambda error: None if error else self.flusher.want_checkpoint())
         self._checkpointing = True
         content = self.checkpoint_content(seq, clean=False)
 

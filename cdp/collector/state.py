@@ -119,6 +119,7 @@ class Store:
         self._next: bytes | None = None
         self._waiting: list[Saved] = []
         self._busy = False
+        self.failed = False  # the newest content that was to be saved is not
 
     def save(self, content: Any, done: Saved | None = None) -> None:
         """`done(error)` is called when this content, or a newer one, is durable."""
@@ -141,6 +142,7 @@ class Store:
 
         def saved(_: object, error: BaseException | None) -> None:
             self._busy = False
+            self.failed = error is not None
             for done in waiting:
                 done(error)
             self._go()

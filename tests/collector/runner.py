@@ -36,30 +36,19 @@ class SlowSyncs:
         self.real(fd)
 
 
-class FailingWrites:
-    """A disk that refuses what is gathered for some files, while `fail_file` is there."""
+class Failing:
+    """A disk on which one operation of the door fails for some files, while `fail_file` is there."""
 
-    def __init__(self, part: str, fail_file: str) -> None:
+    def __init__(self, operation: str, part: str, fail_file: str) -> None:
         self.part, self.fail_file = part, fail_file
-        self.real = storage.pwritev
+        self.real = getattr(storage, operation)
+        setattr(storage, operation, self)
 
-    def __call__(self, fd: int, pieces: list[bytes], offset: int) -> int:
-        if os.path.exists(self.fail_file) and self.part in os.readlink(f"/proc/self/fd/{fd}"):
+    def __call__(self, file: int | str, *arguments: Any) -> Any:
+        path = file if isinstance(file, str) else os.readlink(f"/proc/self/fd/{file}")
+        if self.part in path and os.path.exists(self.fail_file):
             raise OSError(errno.EIO, "the disk failed")
-        return self.real(fd, pieces, offset)
-
-
-class FailingReads:
-    """A disk that cannot read some files, while `fail_file` is there."""
-
-    def __init__(self, part: str, fail_file: str) -> None:
-        self.part, self.fail_file = part, fail_file
-        self.real = storage.pread
-
-    def __call__(self, fd: int, length: int, offset: int) -> bytes:
-        if os.path.exists(self.fail_file) and self.part in os.readlink(f"/proc/self/fd/{fd}"):
-            raise OSError(errno.EIO, "the disk failed")
-        return self.real(fd, length, offset)
+        return self.real(file, *arguments)
 
 
 def no_zeroing(fd: int, offset: int, length: int) -> None:
@@ -77,10 +66,8 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=config.get("log_level", "WARNING"))
     if faults := config.get("slow_sync"):
         storage.fdatasync = SlowSyncs(faults["suffix"], faults["seconds"], faults.get("fail_file", ""))
-    if faults := config.get("failing_writes"):
-        storage.pwritev = FailingWrites(faults["part"], faults["fail_file"])
-    if faults := config.get("failing_reads"):
-        storage.pread = FailingReads(faults["part"], faults["fail_file"])
+    if faults := config.get("failing"):
+        Failing(**faults)
     if config.get("no_zeroing"):
         storage.punch_hole = storage.zero_range = no_zeroing
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)

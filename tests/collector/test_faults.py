@@ -137,8 +137,8 @@ def test_failed_sync_of_the_journal_goes_on_in_a_new_segment(tmp_path: Path) -> 
 def test_failed_append_goes_on_in_a_new_segment_by_itself(tmp_path: Path) -> None:
     """Promise 3: what was acknowledged is in the new segment, what was refused is nowhere, and writes go on."""
     fail = tmp_path / "fail"
-    writes = {"part": "/segment-00000000000000000001", "fail_file": str(fail)}
-    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes) as runner:
+    failing = {"operation": "pwritev", "part": "/segment-00000000000000000001", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing=failing) as runner:
         assert qemu_io(runner, "write -P 2 0 64k", "flush", "write -P 3 64k 4k").returncode == 0
         fail.touch()  # that file stays bad
         assert "Input/output error" in qemu_io(runner, "write -P 4 0 64k").stdout
@@ -153,8 +153,8 @@ def test_failed_append_goes_on_in_a_new_segment_by_itself(tmp_path: Path) -> Non
 def test_journal_disk_that_fails_stops_the_group_for_as_long(tmp_path: Path) -> None:
     """Promise 3: `stopped` with its reason, reads served, writes and flushes refused, until appends work again."""
     fail = tmp_path / "fail"
-    writes = {"part": "/journal/", "fail_file": str(fail)}
-    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes) as runner:
+    failing = {"operation": "pwritev", "part": "/journal/", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing=failing) as runner:
         assert qemu_io(runner, "write -P 2 0 64k").returncode == 0
         fail.touch()
         for _ in range(2):
@@ -174,8 +174,8 @@ def test_journal_disk_that_fails_stops_the_group_for_as_long(tmp_path: Path) -> 
 def test_start_on_a_failing_journal_disk_waits_for_it(tmp_path: Path) -> None:
     """What every life begins with is journaled once the disk takes it."""
     fail = tmp_path / "fail"
-    writes = {"part": "/segment-", "fail_file": str(fail)}
-    runner = Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing_writes=writes)
+    failing = {"operation": "pwritev", "part": "/segment-", "fail_file": str(fail)}
+    runner = Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing=failing)
     fail.touch()
     with runner:
         assert runner.figures()["reason"]["code"] == "journal_failed"
@@ -185,6 +185,26 @@ def test_start_on_a_failing_journal_disk_waits_for_it(tmp_path: Path) -> None:
     journal = Journal(runner.journal, {0: 8 * MIB})
     assert journal.records[0].kind == batch.RESIZE
     assert bytes(journal.images[0]) == (tmp_path / "db.raw").read_bytes()
+
+
+@pytest.mark.slow  # a checkpoint is due every 10 s
+def test_a_gap_whose_reason_was_not_saved_is_closed_after_a_kill(tmp_path: Path) -> None:
+    """Promise 8: no checkpoint passes the gap's record before it is kept that a comparison is due."""
+    fail = tmp_path / "fail"
+    failing = {"operation": "write_file", "part": "/group.json", "fail_file": str(fail)}
+    volumes = [("db", f"file:{tmp_path}/db.raw", 64 * MIB)]
+    with Runner(tmp_path, volumes, segment_bytes=4 * MIB, max_bytes=64 * MIB, failing=failing) as runner:
+        assert qemu_io(runner, *[f"write -P {i} {i}M 1M" for i in range(1, 48)]).returncode == 0
+        fail.touch()
+        gap_seq = runner.command("resync", volume="db")["after_seq"] + 2  # and waits: the journal is filling
+        assert refusal(lambda: runner.command("unlock", volumes=["db"], secret="s")).code == "storage"  # not saved
+        fail.unlink()
+        assert qemu_io(runner, "write -P 1 0 4k").returncode == 0
+        runner.wait_for("a checkpoint", lambda f: f["consumers"]["primary"] > gap_seq)
+        assert runner.figures()["state"] == "resyncing"
+        runner.kill()
+        runner.start()
+        assert runner.figures()["state"] == "resyncing"
 
 
 def test_full_journal_stops_writes_and_goes_on_by_itself(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_a_tail_that_cannot_be_read_keeps_the_volume_stopped(tmp_path: Path, ups
     """Promise 3: an upstream that did not get all of what it may have lost is not back."""
     fail = tmp_path / "fail"
     start(tmp_path, upstream).stop()
-    reads = {"part": "/segment-", "fail_file": str(fail)}
-    with Runner(tmp_path, [("db", upstream.uri, 16 * MIB)], failing_reads=reads) as runner:
+    failing = {"operation": "pread", "part": "/segment-", "fail_file": str(fail)}
+    with Runner(tmp_path, [("db", upstream.uri, 16 * MIB)], failing=failing) as runner:
         assert qemu_io(runner, "write -P 1 0 2M", "flush").returncode == 0
         fail.touch()
         upstream.kill()
