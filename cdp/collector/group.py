@@ -6,7 +6,6 @@ refused, until it goes on by itself (space, a primary that can be read again) or
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 from collections.abc import Callable
@@ -55,6 +54,7 @@ class Group:
         self.refuse = 0  # errno for every write, 0: none
         self.reason: Reason | None = None
         self.journal_dead = False
+        self.serving = False  # its timers run
         self.active = False  # something was written since the last second
         self.dirty_bytes = 0  # since the last round that synced everything
         self.said = Said(log)  # what may happen at every request, or many times a second
@@ -210,8 +210,7 @@ class Group:
         self.refusals.add(volume, offset, length, seq)
 
     def settle(self) -> None:
-        if self.refusals.first_seq is not None:
-            self.refusals.settle()
+        self.refusals.settle()
 
     # --- time
 
@@ -219,6 +218,7 @@ class Group:
         """Once a second: heartbeat, and another try at whatever stopped the group."""
         self._healed.clear()
         self.said.tick()
+        self.refusals.end_storms()
         if any(volume.sync_failed for volume in self.volumes):
             self.flusher.want_checkpoint()
         if self.refuse:
@@ -265,6 +265,8 @@ class Group:
     def save_state(self, done: Callable[[BaseException | None], None] | None = None) -> None:
         """Makes the volumes' durable facts so."""
         self._note_volumes()
+        if not self.serving:
+            return  # a start saves it itself before it ends
 
         def saved(error: BaseException | None) -> None:
             if error is not None:
@@ -282,7 +284,7 @@ class Group:
     def _note_volumes(self) -> None:
         for v in self.volumes:
             self.content["volumes"][v.name] = {
-                "id": v.id, "size": v.size, "sync": v.sync, "lock": v.lock, "rollback": v.rollback,
+                "id": v.id, "size": v.size, "sync": v.due, "lock": v.lock, "rollback": v.rollback,
                 "doubt": v.doubt,
             }  # fmt: skip
 
@@ -323,28 +325,3 @@ class Group:
             "version": VERSION, "seq": seq, "clean": clean, "boot_id": boot_id(), "wall_ns": storage.wall_ns(),
             "primaries": {v.name: v.primary.identity() for v in self.volumes},
         }  # fmt: skip
-
-    def _consumers(self) -> dict[str, int]:
-        with contextlib.suppress(OSError, StorageError):  # `release` logs what is wrong with them
-            return consumers.positions(f"{self.folder}/journal")
-        return {}
-
-    def figures(self) -> dict[str, Any]:
-        """See Control in ARCHITECTURE.md."""
-        journal, reason = self.journal, self.reason
-        if reason is None and self.state == "stopped":
-            reason = next(v.reason for v in self.volumes if v.refuse)
-        return {
-            "state": self.state,
-            "reason": reason or next((v.reason or v.sync for v in self.volumes if v.reason or v.sync), None),
-            "epoch": self.epoch,
-            "journal": {
-                "first_seq": journal.first_seq,
-                "last_seq": journal.last_seq,
-                "durable_seq": journal.durable_seq,
-                "bytes": journal.bytes,
-            },
-            "last_time_ns": journal.order_ns,
-            "consumers": self._consumers(),
-            "volumes": {v.name: v.figures() for v in self.volumes},
-        }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cdp import storage
 from cdp.collector.volume import Reason, Volume, Watch
 from cdp.errors import StorageError
 from cdp.journal import batch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 # The largest region that is read back at once; only a ZERO can be longer, and then the whole volume is compared.
 READ_BACK_BYTES = 32 << 20
 SYNC_BYTES = 1 << 20
+# A volume that refuses again within this time is in one gap until it has not for as long: a gap for each of thousands
+# of writes a second would make every look at the timeline slow for as long as the window is.
+STORM_NS = 1_000_000_000
 
 Content = Callable[[bytes | None, BaseException | None], None]
 
@@ -83,6 +87,10 @@ def _reason(volume: Volume) -> Reason:
     return {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
 
 
+def _gap(volume: Volume, flags: int, from_seq: int) -> NewRecord:
+    return batch.GAP, flags, volume.id, from_seq, 0, json.dumps(_reason(volume)).encode()
+
+
 class RefusedWrites:
     """The refused writes of a group. Owned by the loop's thread."""
 
@@ -120,10 +128,30 @@ class RefusedWrites:
             group.stop("read_back", f"What {volume.name} holds after a refused write cannot be read: {error}.")
             return
         records = sync_records(volume.id, refused.offset, content)
+        again = storage.monotonic_ns() - volume.refused_ns < STORM_NS
         if not volume.in_gap:  # else this is withheld already, and another GAP would end that
-            records.append((batch.GAP, 0, volume.id, refused.seq, 0, json.dumps(_reason(volume)).encode()))
-        if group.try_append(records):
-            self._dealt_with(refused)
+            records.append(_gap(volume, batch.OPEN if again else 0, refused.seq))
+        if not group.try_append(records):
+            return
+        self._dealt_with(refused)
+        volume.refused_ns = storage.monotonic_ns()
+        if again and not volume.in_gap:
+            volume.in_gap, volume.storm, volume.storm_seq = True, _reason(volume), refused.seq
+            group.save_state()
+
+    def end_storms(self, at_once: bool = False) -> None:
+        """Once a second: a gap that was left open ends when nothing has been refused for a while."""
+        group = self._group
+        for volume in group.volumes:
+            quiet = at_once or storage.monotonic_ns() - volume.refused_ns >= STORM_NS
+            if volume.storm is None or not quiet or self.reason_of(volume) is not None:
+                continue
+            if volume.sync is None:  # else the pass ends the gap
+                if not group.try_append([_gap(volume, 0, volume.storm_seq)]):
+                    return
+                volume.in_gap = False
+            volume.storm = None
+            group.save_state()
 
     def _dealt_with(self, refused: Refused) -> None:
         self._open.remove(refused)

@@ -296,6 +296,7 @@ def close_group(group: Group) -> None:
     """
     journal = group.journal
     try:
+        group.refusals.end_storms(at_once=True)
         token = group.begin_sync()
         if token is not None:
             journal.sync(token)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cdp import storage
 from cdp.collector import locks
 from cdp.collector.commands import Commands
+from cdp.collector.figures import figures_of
 from cdp.collector.flusher import SYNC_SECONDS, SYNC_THREADS
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group
 from cdp.collector.primary_nbd import NbdPrimary
@@ -84,6 +85,7 @@ class Collector:
         resyncs = Resyncs(group, self.slow)
         self._resyncs.append(resyncs)
         group.start_resync = resyncs.start
+        group.serving = True
         for volume in group.volumes:
             self._attach(group, volume)
             self._splitters[volume.name] = Splitter(volume, group, self._reads)
@@ -146,7 +148,7 @@ class Collector:
         """See Control in ARCHITECTURE.md."""
         return {
             "time_ns": storage.wall_ns(),
-            "groups": {name: group.figures() for name, group in self.groups.items()},
+            "groups": {name: figures_of(group) for name, group in self.groups.items()},
         }
 
     def stop(self) -> None:

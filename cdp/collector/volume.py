@@ -70,6 +70,9 @@ class Volume:
     doubt: Reason | None = None  # why the primary may not be what was left; durable until a side is trusted
     sync: Reason | None = None  # why a whole-volume pass must be made; durable until that has ended
     in_gap: bool = False  # its last GAP record in the journal is open
+    refused_ns: int = -(10**18)  # monotonic time of the last write that the primary refused
+    storm: Reason | None = None  # why a gap is left open: it goes on refusing
+    storm_seq: int = 0  # the first withheld seq of that gap
     lock: str | None = None  # SHA-256 of the secret that a rollback holds the volume with
     rollback: RollbackState | None = None  # what that rollback has journaled
     dirty: bool = False  # took something since its last sync began
@@ -92,10 +95,15 @@ class Volume:
         return "protected"
 
     @property
+    def due(self) -> Reason | None:
+        """Why a start would have to compare the whole volume: a pass is due, or its gap is left open."""
+        return self.sync or self.storm
+
+    @property
     def withheld(self) -> Reason | None:
         """Why no point of this volume is offered now; None where one is."""
         if self.in_gap:
-            return self.doubt or self.sync or {"code": "gap", "text": f"{self.name} is in a gap."}
+            return self.doubt or self.due or {"code": "gap", "text": f"{self.name} is in a gap."}
         rollback = self.rollback
         if rollback is not None and rollback["begin"] is not None and rollback["end"] is None:
             return {"code": "rollback", "text": f"A rollback of {self.name} is being copied."}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cdp.errors import RefusedError
 from cdp.journal import batch
 from cdp.nbd.client import Client
 from tests.collector.helpers import MIB, Journal, Runner, fio, qemu_io, refusal
@@ -41,18 +42,45 @@ def test_refused_writes_are_read_back_and_withheld(tmp_path: Path, full_disk: Pa
     runner.kill()
 
 
-def test_refused_writes_do_not_fill_the_log(
+def test_refused_writes_fill_neither_log_nor_timeline(
     tmp_path: Path, full_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Promise 9: the first is said at once, the others are counted."""
+    """Promise 9: the first is said at once, the others are counted; they share a gap, which ends when they do."""
     with Runner(tmp_path, [("db", f"file:{full_disk}/db.raw", 16 * MIB)], max_bytes=512 * MIB) as runner:
         assert "No space left" in qemu_io(runner, "write 0 16M").stdout
         with Client.connect(runner.uri()) as client:
             for block in range(500):
                 with pytest.raises(OSError):
                     client.write(12 * MIB + block * 4096, b"x" * 4096)
+        assert refusal(lambda: runner.command("bookmark", group="shop", name="within")).code == "in_gap"
+        end = time.monotonic() + 20
+        while True:  # until it has been quiet for a while
+            try:
+                seq = runner.command("bookmark", group="shop", name="behind")["seq"]
+                break
+            except RefusedError:
+                assert time.monotonic() < end
+    gaps = Journal(runner.journal, {0: 16 * MIB}).gaps()
+    assert len(gaps) < 20 and all(to is not None and to <= seq for _, to in gaps)
     lines = [line for line in capfd.readouterr().err.splitlines() if "refused seq" in line]
     assert 1 <= len(lines) < 10
+
+
+def test_killed_among_refused_writes_the_volume_is_compared(tmp_path: Path, full_disk: Path) -> None:
+    """Promises 2 and 8: the gap that is left open is ended by a pass, whatever checkpoint was taken in it."""
+    with Runner(tmp_path, [("db", f"file:{full_disk}/db.raw", 16 * MIB)], max_bytes=512 * MIB) as runner:
+        assert "No space left" in qemu_io(runner, "write 0 16M").stdout
+        with Client.connect(runner.uri()) as client:
+            for block in range(5):
+                with pytest.raises(OSError):
+                    client.write(12 * MIB + block * 4096, b"x" * 4096)
+        runner.kill()
+        runner.start()
+        runner.wait_for("compared", lambda f: f["state"] == "protected")
+        assert runner.command("bookmark", group="shop", name="behind")["withheld"] == []
+    journal = Journal(runner.journal, {0: 16 * MIB})
+    assert bytes(journal.images[0]) == (full_disk / "db.raw").read_bytes()
+    assert all(to is not None for _, to in journal.gaps())
 
 
 def test_refused_in_the_middle_of_a_batch(tmp_path: Path, full_disk: Path) -> None:

@@ -68,6 +68,7 @@ def test_refused_writes_are_told_and_agreed_on(full_disk: Path) -> None:
             states, refused = write_until_full(client)
             assert 0 < refused < WRITES
             assert client.read_all() == states[-1]
+        appliance.wait_protected()  # the gap of what was refused has ended
         last = appliance.bookmark("last")
         assert appliance.json("verify", VOLUME, expect=(0, 1))["equal"] is True
         found = read_point(appliance, last)
