@@ -1,7 +1,7 @@
 """A group's life: its one journal, its state, the heartbeat, and what happens when something fails.
 
 States: a volume's own (see `Volume.state`), and `stopped` for the group as a whole: reads are served, writes
-refused, until it goes on by itself (space, a primary that can be read again) or the process is started anew.
+refused, until it goes on by itself (space, a primary that can be read again, a journal that can be written).
 """
 
 from __future__ import annotations
