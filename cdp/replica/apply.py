@@ -244,6 +244,8 @@ class ApplyThread:
 
     def _checked(self, batches: list[Batch]) -> list[Batch]:
         """Those to apply; duplicates dropped."""
+        if self._chain is None:  # a carrier may say again what lies before
+            batches = [b for b in batches if b.last_seq > self.applied.seq]
         if self._chain is None and batches:
             first = batches[0]
             if first.first_seq != self.applied.seq + 1:

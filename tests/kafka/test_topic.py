@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from cdp.errors import StorageError
 from cdp.journal.kafka import topic
-from cdp.journal.kafka.cluster import Cluster
+from cdp.journal.kafka.cluster import AWAY, Cluster
 from cdp.journal.kafka.kept import Kept
+from tests.support.running import wait_for
 
 THREE = Cluster(("b:1",), "t", 3, 2, 1000)
 MISTAKES: list[tuple[dict[str, str], list[int], str]] = [
@@ -66,3 +68,41 @@ def test_what_is_acknowledged_is_kept_a_while() -> None:
     kept.add(20 * 10**9, 30, 990)
     assert kept.release(20 * 10**9) == 19, "space for production comes first"
     assert kept.release(40 * 10**9) == 30 and kept.bytes == 0
+
+
+def test_what_a_topic_lost_counts_as_acknowledged_no_more() -> None:
+    """Promise 4: however long ago it was acknowledged, the journal keeps it until the topic has it again."""
+    kept = Kept(keep_ns=10 * 10**9, max_bytes=1000)
+    for second in range(20):
+        kept.add(second * 10**9, second + 1, 10)
+    kept.resume(100 * 10**9, 5, [])
+    assert kept.release(100 * 10**9) == 5 and kept.bytes == 0
+    kept.add(100 * 10**9, 20, 150)
+    assert kept.release(101 * 10**9) == 0 and kept.release(110 * 10**9) == 20
+
+
+def test_what_an_earlier_process_had_acknowledged_takes_space_too() -> None:
+    """Promise 10: after a restart of the relay too, what is kept leaves production its half of the journal."""
+    kept = Kept(keep_ns=10 * 10**9, max_bytes=1000)
+    kept.resume(0, 100, [(50, 600), (100, 600), (150, 600)])
+    assert kept.bytes == 1200 and kept.release(1) == 50
+    kept.add(2, 110, 10)
+    kept.resume(3, 110, [(100, 600), (150, 600)])
+    assert kept.bytes == 610
+
+
+def test_a_long_keeping_is_few_marks() -> None:
+    """Promise 9."""
+    kept = Kept(keep_ns=10**6 * 10**9, max_bytes=1 << 30)
+    for second in range(10_000):
+        kept.add(second * 10**9, second + 1, 100)
+    assert len(kept._marks) <= 11
+
+
+def test_a_client_that_finds_no_broker_leaves_nothing_behind() -> None:
+    """Promise 9: attempts go on for as long as a broker is away."""
+    before = threading.active_count()
+    for make in (Cluster.admin, Cluster.consumer, Cluster.producer):
+        with pytest.raises(AWAY):
+            make(replace(THREE, bootstrap_servers=("127.0.0.1:9",)))
+    wait_for(lambda: threading.active_count() <= before, f"no thread more: {threading.enumerate()}")

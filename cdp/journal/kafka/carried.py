@@ -77,6 +77,23 @@ def _last_claim(cluster: Cluster, consumer: Any, begin: int, end: int) -> tuple[
     return None
 
 
+def claim_before(cluster: Cluster, consumer: Any, seq: int) -> tuple[int, bytes, int]:
+    """(offset, relay, epoch): from where everything behind `seq` is found, by the newest claim that is not beyond it;
+    the topic's beginning where there is none. Raises CorruptionError, cluster.AWAY."""
+    partition, window = cluster.partition, _FIRST_WINDOW
+    begin: int = consumer.beginning_offsets([partition])[partition]
+    end: int = consumer.end_offsets([partition])[partition]
+    while True:
+        start, found = max(begin, end - window), (begin, b"", 0)
+        for message in messages(consumer, partition, start, end):
+            claim = decode_claim(message.value, f"{cluster.topic} at offset {message.offset}")
+            if claim is not None and claim.after_seq <= seq and claim.epoch >= found[2]:
+                found = (max(begin, claim.offset), bytes(message.key or b""), claim.epoch)
+        if found[1] or start == begin:
+            return found
+        window *= 8
+
+
 def messages(consumer: Any, partition: Any, start: int, end: int) -> Iterator[Any]:
     """The messages from offset `start` up to `end`. Raises KafkaTimeoutError when they do not come."""
     if start >= end:

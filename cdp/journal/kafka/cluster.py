@@ -6,6 +6,7 @@ offsets, no resets. A client that is made connects at once: KafkaError while no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ FETCH_BYTES = 8 << 20
 # Between attempts to connect; a broker that is away must not cost a core.
 RECONNECT_MS_MAX = 2_000
 
+# A producer's thread that was told to give up ends within a poll of its sockets; it is not waited for any longer.
+GIVE_UP_SECONDS = 2.0
+
 # What passes: a broker that is away, a leader that moves. kafka-python raises sockets' own errors too.
 AWAY = (KafkaError, OSError)
 
@@ -47,8 +51,9 @@ class Cluster:
 
     def consumer(self) -> Any:
         """A consumer that has the partition, at no place yet. Raises AWAY."""
-        made = kafka.KafkaConsumer(
-            **self._common(), metrics_enabled=False, group_id=None, enable_auto_commit=False, auto_offset_reset="none",
+        made = self._made(
+            kafka.KafkaConsumer,
+            metrics_enabled=False, group_id=None, enable_auto_commit=False, auto_offset_reset="none",
             fetch_max_wait_ms=500, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES,
             max_poll_records=64, receive_message_max_bytes=2 * MAX_MESSAGE_BYTES,
         )  # fmt: skip
@@ -57,15 +62,30 @@ class Cluster:
 
     def producer(self) -> Any:
         """An idempotent producer; every message is sent as it is given. Raises AWAY."""
-        return kafka.KafkaProducer(
-            **self._common(), metrics_enabled=False, acks="all", enable_idempotence=True,
+        return self._made(
+            kafka.KafkaProducer, metrics_enabled=False, acks="all", enable_idempotence=True,
             max_request_size=MAX_MESSAGE_BYTES, batch_size=1, linger_ms=0,
             delivery_timeout_ms=DELIVERY_MS, max_block_ms=REQUEST_MS,
         )  # fmt: skip
 
     def admin(self) -> Any:
         """Raises AWAY."""
-        return kafka.KafkaAdminClient(**self._common())
+        return self._made(kafka.KafkaAdminClient)
+
+    def _made(self, make: Callable[..., Any], **settings: Any) -> Any:
+        """A client; one that finds no broker leaves its thread and descriptors behind, so they are ended here."""
+        inner: list[Any] = []
+
+        def connection(**given: Any) -> Any:
+            inner.append(make.DEFAULT_CONFIG["kafka_client"](**given))  # type: ignore[attr-defined]
+            return inner[-1]
+
+        try:
+            return make(**self._common(), **settings, kafka_client=connection)
+        except BaseException:
+            for made in inner:
+                made.close()
+            raise
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -84,3 +104,14 @@ class Cluster:
         )
         found.retriable = True
         return found
+
+
+def give_up(producer: Any) -> None:
+    """Ends a producer and what it has in flight. Its own `close` first waits for that, and where it does not come
+    raises and leaves everything running: a thread that goes on sending what nobody expects any more."""
+    producer._sender.force_close()
+    producer._sender.join(GIVE_UP_SECONDS)
+    try:
+        producer.close(timeout=0)
+    except KafkaError:
+        pass  # its thread had not seen it yet; it ends by itself

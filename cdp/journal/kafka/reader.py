@@ -12,13 +12,14 @@ import threading
 from collections import deque
 from typing import Any, NamedTuple
 
-from kafka.errors import CorruptRecordError, OffsetOutOfRangeError
+from kafka.errors import CorruptRecordError, LogTruncationError, OffsetOutOfRangeError
 
 from cdp import storage
 from cdp.errors import CdpError, CorruptionError, HoleError, StorageError
 from cdp.journal.batch import Batch
 from cdp.journal.kafka import place as places
 from cdp.journal.kafka import topic
+from cdp.journal.kafka.carried import claim_before
 from cdp.journal.kafka.cluster import AWAY, Cluster
 from cdp.journal.kafka.messages import Follower
 from cdp.journal.kafka.place import Place
@@ -75,6 +76,7 @@ class KafkaReader:
         self._stop = False
         self._follower = Follower(after_seq)
         self._lost = ""  # why what lies before the topic's beginning will not come: the code of that hole
+        self._looked_back_at = -1  # the seq behind which something was missing, and the topic read again for it
         self._lost_until = 0  # the topic's end when that was found: what is not before it does not come
         # Up to where what comes is older than the reader's beginning, and so passed over.
         self._seeking = self._place is None or self._place.seq != after_seq
@@ -199,14 +201,21 @@ class KafkaReader:
                 got = consumer.poll(_POLL_MS).get(partition, [])
             except OffsetOutOfRangeError:
                 return self._out_of_range(consumer, topic_id)
+            except LogTruncationError:
+                return self._look_back(consumer, topic_id)
             except CorruptRecordError as e:
                 raise CorruptionError(
                     f"{self._cluster.topic} at offset {consumer.position(partition)}, behind seq {self._follower.seq}: "
                     f"the broker has not what was sent: {e}.",
                     "Check the broker's disk; then resync the group's volumes.",
                 ) from e
-            for message in got:
-                self._take(message, topic_id)
+            try:
+                for message in got:
+                    self._take(message, topic_id)
+            except HoleError:
+                if self._lost or self._looked_back_at == self._follower.seq:
+                    raise
+                return self._look_back(consumer, topic_id)
             if got:
                 idle_ns = storage.monotonic_ns()
                 self._wait_for_room()
@@ -222,9 +231,21 @@ class KafkaReader:
         where the relay says again what was lost."""
         partition = self._cluster.partition
         end: int = consumer.end_offsets([partition])[partition]
+        if consumer.position(partition) <= end:
+            return  # it lies before the beginning: records expired, which `_seek` says
         log.warning("the topic %s ends at offset %d, before the reader's place", self._cluster.topic, end)
         f = self._follower
         self._place = Place(topic_id, end, f.seq, f.holder, f.epoch)
+
+    def _look_back(self, consumer: Any, topic_id: str) -> None:
+        """To a claim from before what is missing. A broker that lost its tail may have other messages at this reader's
+        offset by now, and stand without a hole when it is read from there."""
+        f = self._follower
+        self._looked_back_at = f.seq
+        offset, holder, epoch = claim_before(self._cluster, consumer, f.seq)
+        log.warning("the topic %s is read again from offset %d for seq %d", self._cluster.topic, offset, f.seq + 1)
+        self._place = Place(topic_id, offset, f.seq, holder, epoch)
+        f.claim, f.jumped_to, f.jumped_bytes = None, 0, 0
 
     def _take(self, message: Any, topic_id: str) -> None:
         where = f"{self._cluster.topic} at offset {message.offset}"

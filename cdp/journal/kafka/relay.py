@@ -10,10 +10,12 @@ import logging
 import os
 import threading
 from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from cdp import storage
-from cdp.errors import CdpError, FencedError, ForkedError, StorageError
+from cdp.errors import CdpError, FencedError, ForkedError, HoleError, StorageError
 from cdp.journal.batch import Batch
 from cdp.journal.kafka import topic
 from cdp.journal.kafka.carried import Carried, carried
@@ -23,7 +25,7 @@ from cdp.journal.kafka.messages import RELAY_ID_BYTES, Claim, join
 from cdp.journal.kafka.sender import BrokenOffError, Sender
 from cdp.journal.position import DurablePosition, read_durable
 from cdp.journal.reader import EmbeddedReader
-from cdp.journal.segment import list_segments
+from cdp.journal.segment import list_segments, read_header, segment_name
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Relay:
         self._kept = Kept(keep_ns, max_kept_bytes)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop = False
-        self.carried_seq = 0
+        self.carried_seq = self._began_at = 0
         self.reason: Reason | None = {"code": "starting", "text": "The relay asks the topic what it has."}
         self.state = "waiting"
         self._pause_seconds = FIRST_PAUSE_SECONDS
@@ -74,9 +76,10 @@ class Relay:
                 self._live()
             except BrokenOffError as e:
                 log.warning("relay of %s: %s Asking the topic what it has.", self.cluster.topic, e.message)
-            except FencedError as e:
-                return self._set("forked", e.code, str(e))
-            except ForkedError as e:
+                if self.carried_seq == self._began_at:  # nothing was carried: whoever looks wants to know why
+                    self._set("waiting", e.code, str(e))
+            except (FencedError, ForkedError) as e:
+                # Asked again all the same: after a power cut `durable` may be older than the journal for a while.
                 self._set("forked", e.code, str(e))
             except CdpError as e:
                 self._set("waiting" if e.retriable else "stopped", e.code, str(e))
@@ -106,27 +109,53 @@ class Relay:
             found = carried(self.cluster, consumer)
         finally:
             consumer.close()
-        after_seq = self._place(found, journal)
+        found = self._place(found, journal)
+        after_seq = found.seq
         # An id for each life: what an earlier producer still sends is not believed any more.
         relay_id = storage.random_bytes(RELAY_ID_BYTES)
         claim = Claim(journal.epoch, after_seq, found.crc, found.end_offset, journal.group_id)
         sender = Sender(self.cluster, self.cluster.producer(), relay_id, claim)
         try:
+            self.carried_seq = self._began_at = after_seq
             sender.begin()
             reader = EmbeddedReader(self._folder, CONSUMER, after_seq)
+            self._kept.resume(storage.monotonic_ns(), after_seq, self._parts())
             try:
                 self._carry(sender, reader, journal.epoch, found)
+            except HoleError as e:
+                raise HoleError(e.message, f"Delete the topic {self.cluster.topic} and resync the volumes.") from e
             finally:
                 reader.close()
         finally:
             sender.close()
 
-    def _place(self, found: Carried, journal: DurablePosition) -> int:
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """(last seq, bytes) of the segments that may go one day, in order."""
+        names = list_segments(self._folder)
+        for name, following in pairwise(names):
+            try:
+                yield following - 1, storage.stat(f"{self._folder}/{segment_name(name)}").st_size
+            except FileNotFoundError:
+                continue  # freed meanwhile
+
+    def _beginning(self, found: Carried) -> Carried:
+        """In front of the first batch that the journal still has."""
+        names = list_segments(self._folder)
+        if not names:
+            return found
+        path = f"{self._folder}/{segment_name(names[0])}"
+        fd = storage.open_file(path, os.O_RDONLY)
+        try:
+            header = read_header(fd, path, names[0])
+        finally:
+            storage.close(fd)
+        return found._replace(seq=header.last_seq, crc=header.last_crc)
+
+    def _place(self, found: Carried, journal: DurablePosition) -> Carried:
         """Where this life goes on. Raises FencedError, ForkedError."""
         claim = found.claim
         if claim is None:
-            names = list_segments(self._folder)
-            return names[0] - 1 if names else 0
+            return self._beginning(found)
         if claim.group_id != journal.group_id:
             raise ForkedError(
                 f"The topic {self.cluster.topic} carries the journal {claim.group_id.hex()}, not "
@@ -145,7 +174,7 @@ class Relay:
                 f"{journal.seq}: it was put back to an older copy.",
                 "Put the newer copy back, or delete the topic and resync the volumes.",
             )
-        return found.seq
+        return found
 
     def _carry(self, sender: Sender, reader: EmbeddedReader, epoch: int, found: Carried) -> None:
         """Until the collector starts again (another epoch to claim for), `stop`, or a failure."""
@@ -187,9 +216,11 @@ class Relay:
 
     def _acknowledged(self, seq: int, sizes: deque[tuple[int, int]]) -> None:
         self.carried_seq = seq
-        if self.reason is not None:
+        if seq > self._began_at or not sizes:
+            self._pause_seconds = FIRST_PAUSE_SECONDS
+        if self.reason is not None and (seq > self._began_at or not sizes):
             log.info("relay of %s carries on behind seq %d", self.cluster.topic, seq)
-            self.state, self.reason, self._pause_seconds = "carrying", None, FIRST_PAUSE_SECONDS
+            self.state, self.reason = "carrying", None
         now_ns = storage.monotonic_ns()
         while sizes and sizes[0][0] <= seq:
             self._kept.add(now_ns, *sizes.popleft())

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from cdp.errors import StorageError
 from cdp.journal.batch import Batch
 from cdp.journal.kafka.carried import CLAIM_MESSAGES
-from cdp.journal.kafka.cluster import REQUEST_MS, Cluster
+from cdp.journal.kafka.cluster import REQUEST_MS, Cluster, give_up
 from cdp.journal.kafka.messages import Claim
 
 # Sent and not acknowledged: more hides no more of the broker's latency, and is what a failure sends again.
 IN_FLIGHT_BYTES = 16 << 20
-# Handed to the client at once, whatever their size: each costs a future and a place in its queue.
-IN_FLIGHT_MESSAGES = 256
+# Handed to the client at once, whatever their size. It is also what a relay that lost the topic can still send behind
+# the claim of the next: far less than the window in which the last claim is looked for.
+IN_FLIGHT_MESSAGES = CLAIM_MESSAGES
 
 
 class BrokenOffError(StorageError):
@@ -119,5 +120,5 @@ class Sender:
         """Gives up what is in flight: the next life sends it again."""
         with self._wake_lock:
             self._closed = True
-        self._producer.close(timeout=0)
+        give_up(self._producer)
         os.close(self._wake)
