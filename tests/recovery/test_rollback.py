@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from cdp.errors import RefusedError, UnreachableError
 from cdp.nbd.client import Client
 from cdp.recovery import job as jobs
-from cdp.recovery.copying import Copier
 from cdp.recovery.job import DONE, Job
 from cdp.recovery.plan import Plan, Space, plan
 from cdp.recovery.rollback import Progress, Rollback, Stopped
@@ -297,26 +295,6 @@ def test_a_restart_of_either_process_is_waited_for(scene):
     assert restarted == ["copy", "prove"]
     assert scene.now("db") == scene.good["db"]
     scene.check_past(job)
-
-
-def test_what_was_proven_while_it_was_copied_is_proven_again_after_an_error(scene, monkeypatch):
-    """Whoever was away may have lost what was written: only an undisturbed run need not compare twice."""
-    stops: list[int | None] = []
-    compare = Copier.compare
-
-    def spy(self: Copier, on_bytes: Callable[[int], None], stop: int | None = None) -> list[tuple[int, int]]:
-        stops.append(stop)
-        return compare(self, on_bytes, stop)
-
-    def command(role: str, name: str, arguments: dict[str, Any], timeout_seconds: float = 30.0, /) -> Any:
-        if name == "verify_result" and len(stops) == 1:
-            raise UnreachableError("the replayer is away for a moment")
-        return scene.rig.command(role, name, arguments, timeout_seconds)
-
-    monkeypatch.setattr(Copier, "compare", spy)
-    scene.run(control=SimpleNamespace(command=command))
-    assert stops == [0, SIZE]
-    assert scene.now("db") == scene.good["db"]
 
 
 def test_a_stop_leaves_the_job_to_the_next_process(scene):
