@@ -59,6 +59,8 @@ pause = time.sleep  # for threads that pace themselves, never to wait for someth
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_START_WRITING = 0x02  # SYNC_FILE_RANGE_WRITE
 
 
 def open_file(path: str, flags: int = os.O_RDWR, mode: int = 0o600) -> int:
@@ -122,6 +124,12 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def zero_range(fd: int, offset: int, length: int) -> None:
     """What is there reads as zeros and its space stays allocated. Raises OSError (EOPNOTSUPP …)."""
     _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
+
+
+def start_writing(fd: int) -> None:
+    """Sets the disk to work on what of a file is not on it yet, and waits for none of that. It promises nothing: what
+    goes wrong is met by the sync that must follow."""
+    _libc.sync_file_range(fd, 0, 0, _START_WRITING)
 
 
 def data_extents(fd: int, offset: int, end: int) -> list[tuple[int, int]]:

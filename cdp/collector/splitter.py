@@ -120,6 +120,8 @@ class Splitter(Export):
         group, volume = self._group, self._volume
         if volume.refuse or group.refuse:
             return self._refuse(connection, writes, volume.refuse or group.refuse)
+        if writes[0][0] == wire.FLUSH:
+            group.flusher.flush_comes(volume)
         try:
             first_seq = group.journal.append(b"".join(descriptors), [w[5] for w in writes if w[5]], data_bytes)
         except JournalFullError as e:

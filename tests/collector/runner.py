@@ -56,6 +56,18 @@ def no_zeroing(fd: int, offset: int, length: int) -> None:
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
+class WatchedWriting:
+    """The door to files: notes the name of every file that is given to the disk before its sync."""
+
+    def __init__(self, log_path: str) -> None:
+        self.log = open(log_path, "a", buffering=1)
+        self.real = storage.start_writing
+
+    def __call__(self, fd: int) -> None:
+        self.log.write(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) + "\n")
+        self.real(fd)
+
+
 def answer(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
@@ -70,6 +82,8 @@ def main() -> None:
         Failing(**faults)
     if config.get("no_zeroing"):
         storage.punch_hole = storage.zero_range = no_zeroing
+    if log_path := config.get("watch_writing"):
+        storage.start_writing = WatchedWriting(log_path)
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
         GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))
