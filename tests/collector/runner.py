@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from cdp import storage
-from cdp.collector import locks
+from cdp.collector import flusher, locks
 from cdp.collector.service import Collector, GroupSpec, VolumeSpec
 from cdp.errors import CdpError
 from cdp.nbd.contract import Limits
@@ -84,6 +84,7 @@ def main() -> None:
         storage.punch_hole = storage.zero_range = no_zeroing
     if log_path := config.get("watch_writing"):
         storage.start_writing = WatchedWriting(log_path)
+    flusher.EARLY_ROUND_NS = config.get("early_round_ns", flusher.EARLY_ROUND_NS)
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
         GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))
