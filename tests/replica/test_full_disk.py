@@ -28,8 +28,7 @@ def test_retention_goes_on_while_there_is_no_space(tmp_path: Path) -> None:
         pin = r.replayer.pin(1)
         for _ in range(40):
             r.feed.write(1, 0, os.urandom(16384))
-            r.feed.flush()
-        r.caught_up()
+            r.caught_up()  # each a bundle of its own: all in one would be the newest segment, which stays
         wait_for(lambda: r.replayer.figures()["committed_seq"] == r.replayer.applied.seq, "committed")
         with no_space("pwritev", "undo") as met:
             r.feed.write(1, 0, b"z" * 4096)
