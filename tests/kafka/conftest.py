@@ -61,3 +61,13 @@ def cluster_at(found: Broker) -> Cluster:
 @pytest.fixture
 def cluster(broker: Broker) -> Cluster:
     return cluster_at(broker)
+
+
+def expire_all_but_the_last(cluster: Cluster) -> None:
+    """What retention leaves behind, at once: only the newest message stays."""
+    consumer = cluster.consumer()
+    end = consumer.end_offsets([cluster.partition])[cluster.partition]
+    consumer.close()
+    admin = cluster.admin()
+    admin.delete_records({cluster.partition: end - 1})
+    admin.close()

@@ -20,7 +20,7 @@ from cdp.journal.kafka.reader import KafkaReader
 from cdp.journal.kafka.relay import Relay
 from tests.journal import support
 from tests.kafka.broker import Broker
-from tests.kafka.conftest import cluster_at
+from tests.kafka.conftest import cluster_at, expire_all_but_the_last
 from tests.support.running import wait_for
 
 SECONDS = 60.0
@@ -243,12 +243,7 @@ def test_records_that_expired_are_said_so(cluster: Cluster, lay: Lay) -> None:
     for _ in range(5):
         last = line.write(10)
         wait_for(lambda seq=last: line.relay.carried_seq == seq, "carried", SECONDS)
-    consumer = cluster.consumer()
-    end = consumer.end_offsets([cluster.partition])[cluster.partition]
-    consumer.close()
-    admin = cluster.admin()
-    admin.delete_records({cluster.partition: end - 1})
-    admin.close()
+    expire_all_but_the_last(cluster)
     line.reader = KafkaReader(cluster, str(line.folder / "place"), line.chain.seq)
     error = line.fails("place_expired")
     assert "resync" in error.hint and "retention" in error.hint

@@ -21,7 +21,7 @@ from cdp.journal.position import read_durable
 from cdp.replica.replayer import Replayer
 from tests.journal import support
 from tests.kafka.broker import Broker
-from tests.kafka.conftest import cluster_at
+from tests.kafka.conftest import cluster_at, expire_all_but_the_last
 from tests.kafka.test_kafka_faults import SECONDS, Lay, lay
 from tests.replica.helpers import Feed
 from tests.support.running import wait_for
@@ -166,12 +166,7 @@ def test_a_reader_overtaken_by_retention_says_so(cluster: Cluster, lay: Lay) -> 
     wait_for(lambda: line.reader._queued_bytes > 32 << 20, "a reader that waits", SECONDS)
     last = line.write(1)
     wait_for(lambda: line.relay.carried_seq == last, "carried", SECONDS)
-    consumer = cluster.consumer()
-    end = consumer.end_offsets([cluster.partition])[cluster.partition]
-    consumer.close()
-    admin = cluster.admin()
-    admin.delete_records({cluster.partition: end - 1})
-    admin.close()
+    expire_all_but_the_last(cluster)
     error = line.fails("place_expired")
     assert "retention" in error.hint
 

@@ -218,9 +218,9 @@ class Relay:
         self.carried_seq = seq
         if seq > self._began_at or not sizes:
             self._pause_seconds = FIRST_PAUSE_SECONDS
-        if self.reason is not None and (seq > self._began_at or not sizes):
-            log.info("relay of %s carries on behind seq %d", self.cluster.topic, seq)
-            self.state, self.reason = "carrying", None
+            if self.reason is not None:
+                log.info("relay of %s carries on behind seq %d", self.cluster.topic, seq)
+                self.state, self.reason = "carrying", None
         now_ns = storage.monotonic_ns()
         while sizes and sizes[0][0] <= seq:
             self._kept.add(now_ns, *sizes.popleft())
