@@ -7,6 +7,7 @@ from typing import Any
 
 from appliance import child
 from appliance.paths import RELAY as RELAY_CONSUMER
+from cdp.collector.replicated import ReplicatedSpec
 from cdp.collector.service import Collector, GroupSpec, VolumeSpec
 
 
@@ -16,7 +17,7 @@ def make(settings: dict[str, Any]) -> tuple[Collector, Collector]:
         GroupSpec(
             name=group["name"],
             volumes=[VolumeSpec(v["name"], v["primary"], v["size"]) for v in group["volumes"]],
-            ack=group["ack"],
+            replicated=ReplicatedSpec(**group["replicated"]) if group["replicated"] else None,
             consumers=["replayer"] if settings["kafka"] is None else [RELAY_CONSUMER],
         )
         for group in settings["groups"]

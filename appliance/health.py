@@ -103,6 +103,10 @@ def _group(
         described["reason"] = reason
     in_time = lag["lag_seconds"] is not None and lag["lag_seconds"] <= configured["max_lag_ns"] / 1e9
     described["_healthy"] = state == "protected" and in_time and not described["window"]["short"]
+    replicated = (c or {}).get("replicated")
+    if replicated is not None:
+        described["replicated"] = replicated
+        described["_healthy"] &= replicated["state"] == "replicated"
     described["_healthy"] &= relay is None or relay.get("state") == "carrying"
     return described
 

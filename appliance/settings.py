@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from appliance import paths
-from cdp.config import Config
+from cdp.config import Config, Group
 
 
 def child_settings(role: str, config: Config) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def child_settings(role: str, config: Config) -> dict[str, Any]:
         "groups": [
             {
                 "name": group.name,
-                "ack": group.ack,
+                "replicated": _replicated(group),
                 "window_ns": group.window_ns,
                 "window_bytes": group.window_size,
                 "volumes": [{"name": v.name, "primary": v.primary, "size": v.size} for v in group.volumes],
@@ -33,6 +33,13 @@ def _listen(role: str, config: Config) -> list[str]:
     if role == paths.RELAY:
         return []
     return config.collector.listen if role == paths.COLLECTOR else config.replayer.listen
+
+
+def _replicated(group: Group) -> dict[str, Any] | None:
+    """None: a flush waits for this machine alone."""
+    if group.ack != "replicated":
+        return None
+    return {"timeout_ns": group.replicated_timeout, "local_after_timeout": group.replicated_fallback == "local"}
 
 
 def _kafka(config: Config) -> dict[str, Any] | None:

@@ -128,6 +128,12 @@ class Group(_Section):
     window: Duration | None = Field(default=None, description="24h unless window_size is given: time to notice")
     window_size: Size | None = Field(default=None, description="no limit: history is kept by time alone", ge=64 << 20)
     ack: Literal["local", "replicated"] = Field(default="local", description="nothing else slows production")
+    replicated_timeout: Duration = Field(
+        default=30 * 10**9, description='ack = "replicated" only: guests give a disk this long before they reset it', gt=0
+    )
+    replicated_fallback: Literal["refuse", "local"] = Field(
+        default="refuse", description='ack = "replicated" only: after the timeout a flush fails; "local": it is answered'
+    )
     max_lag: Duration = Field(default=60 * 10**9, description="a replayer that is a minute behind wants a look", gt=0)
     volumes: list[Volume] = Field(alias="volume", min_length=1, max_length=MAX_VOLUMES_IN_GROUP)
 
@@ -138,8 +144,9 @@ class Group(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Group:
-        if self.ack == "replicated":
-            raise ValueError('ack = "replicated" is not in this version; use "local"')
+        given = self.model_fields_set & {"replicated_timeout", "replicated_fallback"}
+        if given and self.ack != "replicated":
+            raise ValueError(f'{", ".join(sorted(given))} belong to ack = "replicated", but ack is "local"')
         if self.window == 0:
             raise ValueError("window must be longer than nothing")
         return self
@@ -166,6 +173,12 @@ class Config(_Section):
             if volume.primary in primaries:
                 raise ValueError(f"the primary {volume.primary} is given to two volumes")
             primaries.update({volume.primary} - {"none"})
+        for group in self.groups:
+            if group.ack == "replicated" and self.journal.kind != "kafka":
+                raise ValueError(
+                    f'the group {group.name} has ack = "replicated", which needs kind = "kafka" in [journal]: '
+                    "segment files are on this machine alone"
+                )
         listen = [*self.collector.listen, *self.replayer.listen]
         twice = next((a for i, a in enumerate(listen) if a in listen[:i] and not a.endswith(":0")), None)
         if twice:

@@ -13,7 +13,7 @@ from appliance.cli.context import Json, config, config_path, emit
 from cdp.config import KAFKA_KEYS
 from cdp.config_values import format_duration, format_size
 
-_DURATIONS = ("window", "max_lag", "retention", "keep_after_ack")
+_DURATIONS = ("window", "max_lag", "retention", "keep_after_ack", "replicated_timeout")
 _SIZES = ("segment_size", "max_size", "window_size", "size")
 
 

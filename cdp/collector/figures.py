@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 def figures_of(group: Group) -> dict[str, Any]:
     """Plain data, made anew. On the loop's thread."""
     journal, reason = group.journal, group.reason
+    late = group.replicated.reason if group.replicated else None
     if reason is None and group.state == "stopped":
         reason = next(v.reason for v in group.volumes if v.refuse)
     return {
         "state": group.state,
-        "reason": reason or next((v.reason or v.sync for v in group.volumes if v.reason or v.sync), None),
+        "reason": reason or next((v.reason or v.sync for v in group.volumes if v.reason or v.sync), None) or late,
+        "replicated": group.replicated.figures() if group.replicated else None,
         "epoch": group.epoch,
         "journal": {
             "first_seq": journal.first_seq,

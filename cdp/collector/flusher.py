@@ -63,6 +63,11 @@ class Flusher:
         durable, for None when the journal is. Call `kick` after the last of them."""
         self._waiting.append((volume, answer))
 
+    def wait_flush(self, volume: Volume, answer: Answer) -> None:
+        """The same for a client's FLUSH or FUA, which a group with a remote carrier answers when that has it too."""
+        replicated = self._group.replicated
+        self._waiting.append((volume, answer if replicated is None else replicated.behind(answer)))
+
     def kick(self) -> None:
         """Begins a round if somebody waits and none is under way."""
         if self._waiting and not self._left:
@@ -173,7 +178,8 @@ class Flusher:
             answer(None if good else OSError(errno.EIO, "the sync failed"))
         if round_.seq and round_.journal_ok and not round_.failed:
             group.checkpoint(min(round_.seq, group.journal.durable_seq))
-        if storage.monotonic_ns() - self._published_ns >= PUBLISH_NS:
+        wanted = group.replicated is not None and group.replicated.wants
+        if wanted or storage.monotonic_ns() - self._published_ns >= PUBLISH_NS:
             self._publish()
         self.kick()
 

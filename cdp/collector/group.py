@@ -16,6 +16,7 @@ from cdp.collector.bookmarks import Bookmarks
 from cdp.collector.flusher import Flusher
 from cdp.collector.refused import RefusedWrites
 from cdp.collector.reopening import Reopening
+from cdp.collector.replicated import Replicated
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
 from cdp.collector.volume import Reason, Volume
@@ -66,6 +67,7 @@ class Group:
         self.checkpoint_seq = 0  # of the newest checkpoint that is durable
         self.flusher = Flusher(self, worker, max_journal_bytes)
         self.refusals = RefusedWrites(self)
+        self.replicated: Replicated | None = None  # flushes wait for the journal's remote carrier too
         self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
         self._state_store = Store(f"{folder}/group.json", worker)
         self._published = journal.durable_seq
@@ -229,6 +231,8 @@ class Group:
 
     def _try_again(self) -> None:
         self.release()
+        if self.replicated is not None and self.replicated.fenced:
+            return
         if self.journal_dead:
             return self._reopening.attempt()
         self.flusher.want_checkpoint()

@@ -16,6 +16,7 @@ from cdp.collector import tail
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
+from cdp.collector.replicated import Replicated
 from cdp.collector.resync import INITIAL_SYNC, gap_open
 from cdp.collector.rolling import note_rollback
 from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
@@ -70,6 +71,8 @@ def open_group(
             consumers.register(f"{folder}/journal", name, journal.first_seq - 1, identity.group_id)
         group = Group(spec.name, folder, state, volumes, journal, worker, max_bytes)
         _begin(group, checkpoint)
+        if spec.replicated is not None:
+            group.replicated = Replicated(group, spec.replicated, f"{folder}/journal")
         return group
     except BaseException:
         for volume in volumes:
@@ -319,4 +322,6 @@ def close_group(group: Group) -> None:
     for volume in group.volumes:
         volume.primary.close()
     journal.close()
+    if group.replicated is not None:
+        group.replicated.close()
 

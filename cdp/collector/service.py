@@ -15,6 +15,7 @@ from cdp.collector.group import CHECKPOINT_CONSUMER, Group
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.reads import ReadPool
 from cdp.collector.restart import close_group, open_group
+from cdp.collector.replicated import LOOK_SECONDS
 from cdp.collector.resync import Resyncs
 from cdp.collector.splitter import Splitter
 from cdp.collector.upstream import Upstream
@@ -86,6 +87,10 @@ class Collector:
         self._resyncs.append(resyncs)
         group.start_resync = resyncs.start
         group.serving = True
+        if group.replicated is not None:
+            assert self._loop is not None
+            self._loop.add_reader(group.replicated.fileno(), group.replicated.receive)
+            self._loop.every(LOOK_SECONDS, group.replicated.look)
         for volume in group.volumes:
             self._attach(group, volume)
             self._splitters[volume.name] = Splitter(volume, group, self._reads)
@@ -176,6 +181,3 @@ def _check(groups: list[GroupSpec]) -> None:
         raise ConfigError("Names of groups and volumes must differ from one another.")
     if len(groups) > MAX_GROUPS or any(len(group.volumes) > MAX_VOLUMES_IN_GROUP for group in groups):
         raise ConfigError(f"At most {MAX_GROUPS} groups with {MAX_VOLUMES_IN_GROUP} volumes each can be served.")
-    for group in groups:
-        if group.ack != "local":
-            raise ConfigError(f'The group {group.name} has ack = "{group.ack}": its journal is only local.')

@@ -186,7 +186,7 @@ class Splitter(Export):
                 group.refused(self._volume, offset, length, seq)
             else:
                 if command == wire.FLUSH or flags & wire.FUA:
-                    group.flusher.wait(self._volume, partial(_answer, connection, cookie))
+                    group.flusher.wait_flush(self._volume, partial(_answer, connection, cookie))
                 else:
                     answered.append(cookie)
             seq += _records(request)
@@ -203,7 +203,7 @@ class Splitter(Export):
         for request in writes:
             command, flags, cookie, offset, length, data = request
             if command == wire.FLUSH:
-                group.flusher.wait(volume, partial(_answer, connection, cookie))
+                group.flusher.wait_flush(volume, partial(_answer, connection, cookie))
             else:
                 upstream.write(
                     batch_seq, seq, offset, length, None if data is None else bytes(data),
@@ -220,7 +220,7 @@ class Splitter(Export):
         def durable(error: OSError | None) -> None:
             if error is not None:
                 return answer(error)
-            self._group.flusher.wait(self._volume, answer)
+            self._group.flusher.wait_flush(self._volume, answer)
             self._group.flusher.kick()
 
         return durable
@@ -231,7 +231,7 @@ class Splitter(Export):
             if command in _CHANGES or self._group.journal_dead:
                 connection.fail(cookie, number)
             else:
-                self._group.flusher.wait(self._volume, partial(_answer, connection, cookie))
+                self._group.flusher.wait_flush(self._volume, partial(_answer, connection, cookie))
         self._group.flusher.kick()
 
     def _block_status(self, connection: Connection, flags: int, cookie: bytes, offset: int, length: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cdp.collector.primary import Primary
+from cdp.collector.replicated import ReplicatedSpec
 
 if TYPE_CHECKING:
     from cdp.collector.state import RollbackState
@@ -32,11 +33,12 @@ class VolumeSpec:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """A group as configured. `consumers` get the whole journal from its first record on."""
+    """A group as configured. `consumers` get the whole journal from its first record on; `replicated`: flushes wait for
+    the journal's remote carrier too."""
 
     name: str
     volumes: list[VolumeSpec]
-    ack: str = "local"
+    replicated: ReplicatedSpec | None = None
     consumers: list[str] = field(default_factory=list)
 
 

@@ -31,6 +31,17 @@ def figures(side: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return changed
 
 
+@pytest.mark.parametrize(
+    ("replicated", "healthy"),
+    [(None, True)] + [({"state": s, "acknowledged_seq": 9, "waiting": 0}, s == "replicated")
+                      for s in ("replicated", "local", "late", "fenced")],
+)  # fmt: skip
+def test_flushes_that_do_not_wait_for_the_carrier_are_not_healthy(replicated: Any, healthy: bool) -> None:
+    answer = health.status(GROUPS, figures(COLLECTOR, replicated=replicated), REPLAYER)
+    assert answer["healthy"] is healthy
+    assert answer["groups"][0].get("replicated") == replicated
+
+
 def test_the_shape_that_scripts_rely_on() -> None:
     answer = health.status(GROUPS, COLLECTOR, REPLAYER)
     group = answer["groups"][0]

@@ -15,6 +15,7 @@ from typing import Any
 
 from cdp import storage
 from cdp.collector import flusher, locks
+from cdp.collector.replicated import ReplicatedSpec
 from cdp.collector.service import Collector, GroupSpec, VolumeSpec
 from cdp.errors import CdpError
 from cdp.nbd.contract import Limits
@@ -87,7 +88,10 @@ def main() -> None:
     flusher.EARLY_ROUND_NS = config.get("early_round_ns", flusher.EARLY_ROUND_NS)
     locks.LOCK_WAIT_SECONDS = config.get("lock_wait_seconds", locks.LOCK_WAIT_SECONDS)
     groups = [
-        GroupSpec(g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]))
+        GroupSpec(
+            g["name"], [VolumeSpec(*v) for v in g["volumes"]], consumers=g.get("consumers", ["replayer"]),
+            replicated=ReplicatedSpec(**g["replicated"]) if g.get("replicated") else None,
+        )
         for g in config["groups"]
     ]
     collector = Collector(

@@ -247,7 +247,6 @@ def test_specs_are_checked(tmp_path: Path) -> None:
     for groups in (
         [GroupSpec("db", [volume])],
         [GroupSpec("shop", [volume, volume])],
-        [GroupSpec("shop", [volume], ack="replicated")],
     ):
         with pytest.raises(ConfigError):
             Collector(str(tmp_path), groups, segment_bytes=MIB, max_bytes=8 * MIB)

@@ -125,6 +125,7 @@ class Appliance:
     segment_size: str = "4MiB"
     max_size: str = "4GiB"
     journal: str = 'kind = "embedded"'  # the lines of [journal] that say which carrier
+    ack: str = 'ack = "local"'  # the lines of [[group]] that say what a flush waits for
     disk: Path | None = None  # where the primaries are, if not in `folder`
     services: dict[str, Service] = field(default_factory=dict)
 
@@ -148,7 +149,7 @@ class Appliance:
             f'[collector]\nlisten = ["unix:{self.socket("collector")}"]',
             f'[replayer]\nlisten = ["unix:{self.socket("replayer")}"]',
             f'[journal]\n{self.journal}\nsegment_size = "{self.segment_size}"\nmax_size = "{self.max_size}"',
-            f'[[group]]\nname = "{self.group}"\nwindow = "{self.window}"\nack = "local"',
+            f'[[group]]\nname = "{self.group}"\nwindow = "{self.window}"\n{self.ack}',
         ]
         if self.window_size:
             lines.append(f'window_size = "{self.window_size}"')

@@ -16,6 +16,7 @@ from typing import Any
 
 from cdp import storage
 from cdp.errors import CdpError, FencedError, ForkedError, HoleError, StorageError
+from cdp.journal.acknowledged import Acknowledged, Mouth
 from cdp.journal.batch import Batch
 from cdp.journal.kafka import topic
 from cdp.journal.kafka.carried import Carried, carried
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 CONSUMER = "relay"
 READ_BYTES = 4 << 20
 TICK_SECONDS = 1.0
+# When the collector had no room for what the relay says: flushes wait for it, so it is tried again soon.
+SAY_AGAIN_SECONDS = 0.005
 # After a life that ended: at once where the topic only has to be asked again, later and later where it does not help.
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 10.0
 
@@ -48,6 +51,8 @@ class Relay:
         self._kept = Kept(keep_ns, max_kept_bytes)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop = False
+        self._mouth: Mouth | None = None
+        self._epoch = 0  # of the incarnation that this life carries for
         self.carried_seq = self._began_at = 0
         self.reason: Reason | None = {"code": "starting", "text": "The relay asks the topic what it has."}
         self.state = "waiting"
@@ -81,6 +86,7 @@ class Relay:
             except (FencedError, ForkedError) as e:
                 # Asked again all the same: after a power cut `durable` may be older than the journal for a while.
                 self._set("forked", e.code, str(e))
+                self._say(fenced=True)
             except CdpError as e:
                 self._set("waiting" if e.retriable else "stopped", e.code, str(e))
             except AWAY as e:
@@ -91,6 +97,14 @@ class Relay:
                 self._set("stopped", "internal", f"{type(e).__name__}: {e}")
             storage.wait_readable([self._wake], 0 if self._stop else self._pause_seconds)
             self._pause_seconds = min(self._pause_seconds * 2, MAX_PAUSE_SECONDS)
+        if self._mouth is not None:
+            self._mouth.close()
+
+    def _say(self, *, fenced: bool = False, again: bool = False) -> bool:
+        """Tells the collector how far the topic is. False: to be tried again."""
+        if self._mouth is None:
+            self._mouth = Mouth(self._folder)
+        return self._mouth.say(Acknowledged(self._epoch, self.carried_seq, fenced), again or fenced)
 
     def _set(self, state: str, code: str, text: str) -> None:
         if self.reason is None or self.reason["code"] != code:
@@ -103,6 +117,7 @@ class Relay:
         journal = read_durable(self._folder)
         if journal is None:
             raise _no_journal(self._folder)
+        self._epoch = journal.epoch
         topic.ensure(self.cluster)
         consumer = self.cluster.consumer()
         try:
@@ -196,13 +211,16 @@ class Relay:
                 sizes.append((message[-1].last_seq, sum(b.batch_bytes for b in message)))
             sender.settle()
             self._acknowledged(sender.acked_seq, sizes)
-            if storage.monotonic_ns() - tick_ns >= TICK_SECONDS * 1e9:
+            again = storage.monotonic_ns() - tick_ns >= TICK_SECONDS * 1e9
+            heard = self._say(again=again)
+            if again:
                 tick_ns = storage.monotonic_ns()
                 if (released := self._kept.release(tick_ns)) > 0:
                     reader.acknowledge(released)
             if waiting or not batches:
                 extra = [] if waiting else [reader.fileno()]
-                storage.wait_readable([self._wake, sender.fileno(), *extra], TICK_SECONDS)
+                pause = TICK_SECONDS if heard else SAY_AGAIN_SECONDS
+                storage.wait_readable([self._wake, sender.fileno(), *extra], pause)
                 sender.drain()
                 reader.drain()
 
