@@ -30,6 +30,8 @@ MAX_ADDRESSES = 8
 KAFKA_KEYS = frozenset({
     "bootstrap_servers", "topic_prefix", "replication_factor", "min_insync_replicas", "retention", "keep_after_ack",
 })  # fmt: skip
+# Keys of a group that mean something to ack = "replicated" alone.
+REPLICATED_KEYS = frozenset({"replicated_timeout", "replicated_fallback"})
 # Above this, file offsets and NBD tools begin to differ; no disk is near.
 MAX_VOLUME_BYTES = 1 << 52
 # A sector: what a guest's disk is made of.
@@ -144,7 +146,7 @@ class Group(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Group:
-        given = self.model_fields_set & {"replicated_timeout", "replicated_fallback"}
+        given = self.model_fields_set & REPLICATED_KEYS
         if given and self.ack != "replicated":
             raise ValueError(f'{", ".join(sorted(given))} belong to ack = "replicated", but ack is "local"')
         if self.window == 0:

@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from appliance.cli.context import Json, config, config_path, emit
-from cdp.config import KAFKA_KEYS
+from cdp.config import KAFKA_KEYS, REPLICATED_KEYS
 from cdp.config_values import format_duration, format_size
 
 _DURATIONS = ("window", "max_lag", "retention", "keep_after_ack", "replicated_timeout")
@@ -46,6 +46,8 @@ def _section(section: BaseModel) -> Iterator[str]:
         if name == "volumes" or (value is None and name != "window"):
             continue
         if name in KAFKA_KEYS and section.kind != "kafka":  # type: ignore[attr-defined]
+            continue
+        if name in REPLICATED_KEYS and section.ack != "replicated":  # type: ignore[attr-defined]
             continue
         if name == "window":
             value = section.window_ns  # type: ignore[attr-defined]
