@@ -115,6 +115,9 @@ class Flusher:
         whole = whole and group.refusals.first_seq is None
         round_ = _Round(waiting, group.answered_seq if whole else 0)
         if whole:
+            for volume in group.volumes:
+                if volume.intent is not None:
+                    volume.intent.end_turn(group.journal.last_seq)
             volumes = [v for v in group.volumes if v.dirty]
             self._last_checkpoint_ns = storage.monotonic_ns()
         else:

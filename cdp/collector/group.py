@@ -314,6 +314,9 @@ class Group:
                 log.error("group %s: the journal cannot be told of the checkpoint: %s", self.name, error)
                 return
             self.checkpoint_seq = seq
+            for volume in self.volumes:
+                if volume.intent is not None and volume.due is None and volume.doubt is None:
+                    volume.intent.checkpointed(seq)
             self.release()
 
         def named(error: BaseException | None) -> None:

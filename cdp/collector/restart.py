@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from cdp import storage
 from cdp.collector import tail
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
+from cdp.collector.intent import IntentMap
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.replicated import Replicated
-from cdp.collector.resync import INITIAL_SYNC, gap_open
+from cdp.collector.resync import INITIAL_SYNC, UNCLEAN_RESTART, gap_open
 from cdp.collector.rolling import note_rollback
 from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
 from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
@@ -61,7 +62,7 @@ def open_group(
     journal: JournalWriter | None = None
     try:
         for volume_spec in spec.volumes:
-            volumes.append(_open_volume(volume_spec, state, checkpoint))
+            volumes.append(_open_volume(volume_spec, state, checkpoint, folder, worker))
         state["epoch"] += 1
         save(f"{folder}/group.json", state)
         identity = Identity(bytes.fromhex(state["group_id"]), state["epoch"], storage.random_bytes(16))
@@ -76,7 +77,7 @@ def open_group(
         return group
     except BaseException:
         for volume in volumes:
-            volume.primary.close()
+            _close_volume(volume)
         if journal is not None:
             journal.close()
         raise
@@ -112,7 +113,15 @@ def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:
     raise ConfigError(f"{spec.primary!r} is no primary.", "Write file:PATH, nbd://…, nbd+unix://… or none.")
 
 
-def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | None) -> Volume:
+def _close_volume(volume: Volume) -> None:
+    volume.primary.close()
+    if volume.intent is not None:
+        volume.intent.close()
+
+
+def _open_volume(
+    spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | None, folder: str, worker: storage.Worker
+) -> Volume:
     known = state["volumes"].get(spec.name)
     if known is not None and spec.size_bytes < known["size"]:
         raise ConfigError(
@@ -123,6 +132,7 @@ def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | N
     if known is not None and primary.readable:
         reason = _unwatched(spec, known["size"], checkpoint)
         known["sync"] = reason or known.get("sync")  # an initial sync would pass over holes
+    is_new = known is None
     if known is None:
         if state["next_id"] >= MAX_VOLUME_IDS:
             raise ConfigError(f"Too many volumes were ever in the group of {spec.name}.", "Make a new group.")
@@ -135,6 +145,8 @@ def _open_volume(spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | N
     volume = Volume(spec.name, known["id"], spec.size_bytes, primary)
     volume.sync, volume.lock, volume.rollback = known.get("sync"), known.get("lock"), known.get("rollback")
     _set_doubt(volume, known.get("doubt"))
+    if primary.readable:
+        volume.intent = IntentMap(f"{folder}/intent-{volume.id}", spec.size_bytes, worker, is_new)
     return volume
 
 
@@ -217,8 +229,17 @@ def _judge(volume: Volume, checkpoint: Checkpoint, tail_: _Tail) -> None:
         log.error("volume %s stopped (%s): %s", volume.name, doubt["code"], doubt["text"])
         _set_doubt(volume, doubt)
     elif not checkpoint["clean"] and checkpoint["boot_id"] != boot_id() and volume.primary.readable:
-        text = "The machine went down while it was written; the primary is compared."
-        volume.sync = volume.sync or {"code": "unclean_restart", "text": text}
+        volume.sync = volume.sync or _unclean(volume)
+
+
+def _unclean(volume: Volume) -> Reason | None:
+    """Why a primary is compared after the machine went down; None where nothing was written for long."""
+    assert volume.intent is not None  # it can be read
+    touched = sum(length for _, length in volume.intent.touched())
+    if not touched and volume.intent.known:
+        return None
+    text = f"The machine went down while it was written; {touched} of its {volume.size} bytes are compared."
+    return {"code": UNCLEAN_RESTART, "text": text}
 
 
 def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, tail_: _Tail) -> Reason | None:
@@ -320,7 +341,7 @@ def close_group(group: Group) -> None:
     except (OSError, StorageError) as e:
         log.error("group %s: not stopped cleanly: %s", group.name, e)
     for volume in group.volumes:
-        volume.primary.close()
+        _close_volume(volume)
     journal.close()
     if group.replicated is not None:
         group.replicated.close()

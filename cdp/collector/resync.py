@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INITIAL_SYNC = "initial_sync"
+INITIAL_SYNC, UNCLEAN_RESTART = "initial_sync", "unclean_restart"
 # A pass whose primary could not be read is tried again.
 RETRY_SECONDS = 1.0
 
@@ -78,7 +78,10 @@ class Resyncs:
         volume, from_seq = self._queue.popleft()
         assert volume.sync is not None
         group, skip_holes = self._group, volume.sync["code"] == INITIAL_SYNC
-        volume.progress = Progress(0, volume.size)
+        regions = [(0, volume.size)]
+        if volume.sync["code"] == UNCLEAN_RESTART and volume.intent is not None:
+            regions = volume.intent.touched()
+        volume.progress = Progress(0, sum(length for _, length in regions))
         zeros_are_known = skip_holes and volume.primary.inline
 
         def data(offset: int, content: bytes) -> bool:
@@ -90,7 +93,7 @@ class Resyncs:
             )
 
         self._running = Sweep(
-            group, volume, self._worker, [(0, volume.size)], data, hole,
+            group, volume, self._worker, regions, data, hole,
             lambda error: self._swept(volume, from_seq, error),
         )  # fmt: skip
         log.info("volume %s: %s begins", volume.name, volume.sync["code"])

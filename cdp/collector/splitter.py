@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cdp import storage
+from cdp.collector.intent import NoIntent
 from cdp.collector.reads import ReadPool
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch
@@ -22,6 +23,7 @@ from cdp.nbd.contract import Export, Request
 
 if TYPE_CHECKING:
     from cdp.collector.group import Group
+    from cdp.collector.intent import Region
     from cdp.collector.volume import Volume
     from cdp.nbd.connection import Connection
 
@@ -33,6 +35,8 @@ _BATCH_BYTES = batch.MAX_DATA_BYTES - PIECE_BYTES
 _INLINE_READ_BYTES = 1 << 20
 # So many reads in a row that were not cached say that the next will not be either; every so many is tried again.
 _COLD_ROW, _COLD_PROBE = 32, 16
+# Copies of writes that wait for their regions' bits; over it the loop itself waits for the sync.
+_DEFERRED_BYTES = 64 << 20
 _CHANGES = (wire.WRITE, wire.TRIM, wire.WRITE_ZEROES)
 
 
@@ -52,6 +56,9 @@ class Splitter(Export):
         self._fd = volume.primary.fd
         self._inline = volume.primary.inline
         self._misses = 0  # reads since the last that was cached
+        # A mirror sink has no content to compare: one region of it, always set.
+        self._intent = volume.intent or NoIntent()
+        self._deferred_bytes = 0
         self._batch_bytes = min(_BATCH_BYTES, group.journal.segment_bytes // 2)
 
     def opened(self, connection: Connection) -> None:
@@ -66,14 +73,21 @@ class Splitter(Export):
         descriptors: list[bytes] = []
         data_bytes = 0
         plain, batch_bytes = self._inline, self._batch_bytes
+        marks, shift, turn = self._intent.marks, self._intent.shift, self._intent.turn
+        clean = False  # whether a region may have to be set first
         for request in requests:
             command, flags, cookie, offset, length, _ = request
             if command == 1:  # wire.WRITE
                 if data_bytes + length > batch_bytes:
-                    self._commit(connection, writes, descriptors, data_bytes, plain)
+                    self._commit(connection, writes, descriptors, data_bytes, plain, clean)
                     writes, descriptors, data_bytes = [], [], 0
                 data_bytes += length
                 writes.append(request)
+                region = offset >> shift
+                if marks[region] and (offset + length - 1) >> shift == region:
+                    marks[region] = turn
+                else:
+                    clean = True
                 if length <= PIECE_BYTES and not flags:
                     descriptors.append(pack(1, 0, volume, length, offset, length))  # batch.WRITE
                 else:
@@ -100,10 +114,11 @@ class Splitter(Export):
                 connection.done(cookie)
             else:
                 plain = False
+                clean = clean or command != 3  # wire.FLUSH
                 writes.append(request)
                 descriptors.append(_describe_other(volume, command, flags, offset, length))
         if writes:
-            self._commit(connection, writes, descriptors, data_bytes, plain)
+            self._commit(connection, writes, descriptors, data_bytes, plain, clean)
 
     def _is_cold(self) -> bool:
         """After a row of reads that were not cached the next ones go to the pool at once, but for a probe at times:
@@ -112,14 +127,19 @@ class Splitter(Export):
         return self._misses > _COLD_ROW and self._misses % _COLD_PROBE != 0
 
     def _commit(
-        self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool
-    ) -> None:
+        self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool,
+        clean: bool,
+    ) -> None:  # fmt: skip
         """Journal, primary, answers for what one receive brought."""
         if not writes:
             return
         group, volume = self._group, self._volume
         if volume.refuse or group.refuse:
             return self._refuse(connection, writes, volume.refuse or group.refuse)
+        if clean:
+            missing = self._intent.missing((w[3], w[4]) for w in writes if w[0] != wire.FLUSH)
+            if missing:
+                return self._defer(connection, writes, descriptors, data_bytes, plain, missing)
         if writes[0][0] == wire.FLUSH:
             group.flusher.flush_comes(volume)
         try:
@@ -142,6 +162,37 @@ class Splitter(Export):
         except BaseException:  # out of memory, or a bug: journaled, and nobody knows what the primary took of it
             self._doubt(writes, first_seq)
             raise
+
+    def _defer(
+        self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool,
+        missing: list[Region],
+    ) -> None:  # fmt: skip
+        """The same once these regions are durably set in the intent map (promise 2). Nothing of it is answered yet, so
+        what comes meanwhile may go first."""
+        if self._deferred_bytes + data_bytes > _DEFERRED_BYTES:
+            try:
+                self._intent.want_now(missing)
+            except OSError as e:
+                return self._intent_failed(connection, writes, e)
+            return self._commit(connection, writes, descriptors, data_bytes, plain, True)
+        kept = [(c, f, cookie, o, n, None if data is None else memoryview(bytes(data)))
+                for c, f, cookie, o, n, data in writes]  # fmt: skip
+        self._deferred_bytes += data_bytes
+
+        def are_set(error: BaseException | None) -> None:
+            self._deferred_bytes -= data_bytes
+            if connection not in self._volume.connections:
+                return  # nobody waits for it, and a rollback may hold the volume by now
+            if error is not None:
+                return self._intent_failed(connection, kept, error)
+            self._commit(connection, kept, descriptors, data_bytes, plain, True)
+
+        self._intent.want(missing, are_set)
+
+    def _intent_failed(self, connection: Connection, writes: list[Request], error: BaseException) -> None:
+        text = "volume %s: writes are refused, because the write-intent map cannot be written: %s"
+        self._group.said.add(("intent", self._volume.id), logging.ERROR, text, self._volume.name, error)
+        self._refuse(connection, writes, getattr(error, "errno", None) or errno.EIO)
 
     def _execute(self, connection: Connection, writes: list[Request], first_seq: int, plain: bool) -> None:
         """What is in the journal, onto the primary, and the answers."""

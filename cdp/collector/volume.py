@@ -12,6 +12,7 @@ from cdp.collector.primary import Primary
 from cdp.collector.replicated import ReplicatedSpec
 
 if TYPE_CHECKING:
+    from cdp.collector.intent import IntentMap
     from cdp.collector.state import RollbackState
     from cdp.collector.upstream import Upstream
     from cdp.nbd.connection import Connection
@@ -82,6 +83,7 @@ class Volume:
     cold_reads: int = 0  # under way in the pool
     progress: Progress | None = None
     upstream: Upstream | None = None  # of a primary that is not inline
+    intent: IntentMap | None = None  # of one whose primary can be compared
     watches: list[Watch] = field(default_factory=list)
     connections: set[Connection] = field(default_factory=set)
 
