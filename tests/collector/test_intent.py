@@ -25,6 +25,16 @@ def another_boot(folder: Path) -> None:
     checkpoint.write_text(checkpoint.read_text().replace('"boot_id": "', '"boot_id": "x'))
 
 
+def change(folder: Path, offset: int, content: bytes) -> None:
+    """As the collector itself wrote it last: its time stamp is that of then."""
+    path = folder / "db.raw"
+    was = path.stat()
+    with open(path, "r+b") as f:
+        f.seek(offset)
+        f.write(content)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
 def the_map(folder: Path) -> Path:
     return folder / "collector/groups/shop/intent-0"
 
@@ -35,9 +45,7 @@ def test_after_a_power_cut_what_was_written_is_compared_and_healed(tmp_path: Pat
     qemu_io(runner, "write -P 1 0 1M", "write -P 2 32M 1M", "flush")
     runner.kill()
     another_boot(tmp_path)
-    with open(tmp_path / "db.raw", "r+b") as f:
-        f.seek(32 * MIB + 4096)
-        f.write(b"lost by the journal")
+    change(tmp_path, 32 * MIB + 4096, b"lost by the journal")
     with runner:
         figures = runner.figures()
         assert figures["state"] == "resyncing" and str(2 * MIB) in figures["reason"]["text"]
@@ -55,9 +63,7 @@ def test_a_power_cut_in_the_middle_of_a_comparison(tmp_path: Path) -> None:
     for _ in range(3):
         runner.kill()
         another_boot(tmp_path)
-        with open(tmp_path / "db.raw", "r+b") as f:
-            f.seek(63 * MIB)
-            f.write(os.urandom(4096))
+        change(tmp_path, 63 * MIB, os.urandom(4096))
         runner.start()
     with runner:
         runner.wait_for("in sync", lambda f: f["state"] == "protected")
