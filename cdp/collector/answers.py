@@ -24,7 +24,7 @@ def append_one(group: Group, kind: int, volume: int, data: bytes, flags: int = 0
 def stopped(group: Group, volume: Volume | None) -> RefusedError:
     """Why nothing is written to a group or volume now."""
     reason = group.reason or (volume.reason if volume else None) or {"text": "see its reason"}
-    return RefusedError(f"The group {group.name} is stopped: {reason['text']}", code="stopped")
+    return RefusedError(f"The group {group.name} is {group.state}: {reason['text']}", code="stopped")
 
 
 def when_durable(group: Group, done: Done, result: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ class Flusher:
         waiting, self._waiting = self._waiting, []
         whole, self._checkpoint_wanted = self._checkpoint_wanted, False
         # A checkpoint is the end of a batch: a refused write may be inside of one.
-        whole = whole and group.refusals.first_seq is None
+        whole = whole and group.refusals.first_seq is None and not group.tracking.on
         round_ = _Round(waiting, group.answered_seq if whole else 0)
         if whole:
             for volume in group.volumes:
@@ -130,7 +130,8 @@ class Flusher:
         self._dirty_before = group.dirty_bytes
         round_.failed = {v.id for v in group.volumes if v.sync_failed}
         token = group.begin_sync()
-        round_.journal_ok = not group.journal_dead  # known only now: `begin_sync` may have found it so
+        # Known only now: `begin_sync` may have found it dead. While that is tracked a flush means the primary alone.
+        round_.journal_ok = not group.journal_dead or group.tracking.on
         round_.volumes, round_.dirty_bytes = volumes, group.dirty_bytes
         if early and token is not None and token.only_fd is not None:
             storage.start_writing(token.only_fd)
@@ -157,7 +158,7 @@ class Flusher:
 
     def _journal_synced(self, round_: _Round, token: Any, _: object, error: BaseException | None) -> None:
         if error is not None:
-            round_.journal_ok = self._group.journal_sync_failed(token, error)
+            round_.journal_ok = self._group.journal_sync_failed(token, error) or self._group.tracking.on
         else:
             self._group.journal.end_sync(token)
         self._one_less(round_)

@@ -14,11 +14,12 @@ from typing import Any
 from cdp import storage
 from cdp.collector.bookmarks import Bookmarks
 from cdp.collector.flusher import Flusher
-from cdp.collector.refused import RefusedWrites
+from cdp.collector.refused import RefusedWrites, gap_open
 from cdp.collector.reopening import Reopening
 from cdp.collector.replicated import Replicated
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
+from cdp.collector.tracking import JOURNAL_FAILED, JOURNAL_FULL, Tracking, due_behind
 from cdp.collector.volume import Reason, Volume
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch, consumers
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 NewRecord = tuple[int, int, int, int, int, "bytes | memoryview"]
 # The consumer that stands for the primaries: the journal since the checkpoint is written again at a start.
 CHECKPOINT_CONSUMER = "primary"
-JOURNAL_FAILED = "journal_failed"
 _WORST_FIRST = ("stopped", "rolling_back", "resyncing", "syncing")
 
 
@@ -64,9 +64,11 @@ class Group:
         self.first_records: list[NewRecord] = []  # of this life, as long as they are not in the journal
         self._max_journal_bytes = max_journal_bytes
         self.start_resync: Callable[[Volume, Reason, int], bool] = lambda volume, reason, from_seq: False
+        self.go_on_resync: Callable[[Volume, int], None] = lambda volume, from_seq: None
         self.checkpoint_seq = 0  # of the newest checkpoint that is durable
         self.flusher = Flusher(self, worker, max_journal_bytes)
         self.refusals = RefusedWrites(self)
+        self.tracking = Tracking(self, f"{folder}/tracking")
         self.replicated: Replicated | None = None  # flushes wait for the journal's remote carrier too
         self.bookmarks = Bookmarks(f"{folder}/bookmarks", worker)
         self._state_store = Store(f"{folder}/group.json", worker)
@@ -94,7 +96,7 @@ class Group:
         try:
             seq: int = self.journal.append(descriptors, data, data_bytes)
         except JournalFullError as e:
-            self.stop("journal_full", str(e), errno.ENOSPC)
+            self.stop(JOURNAL_FULL, str(e), errno.ENOSPC)
             raise
         except OSError as e:
             self.journal_died(e)
@@ -161,7 +163,7 @@ class Group:
     def state(self) -> str:
         """The group's own stop, else its worst volume's state."""
         if self.refuse:
-            return "stopped"
+            return "tracking" if self.tracking.on else "stopped"
         states = {v.state for v in self.volumes}
         return next((s for s in _WORST_FIRST if s in states), "protected")
 
@@ -172,6 +174,7 @@ class Group:
         if self.reason is None or self.reason["code"] != code:
             log.error("group %s stopped (%s): %s", self.name, code, text)
         self.refuse, self.reason = number, {"code": code, "text": text}
+        self.tracking.begin(code)
 
     def _resume(self) -> None:
         if self.reason is not None:
@@ -192,6 +195,8 @@ class Group:
         if volume.id in self._healed or volume.cold_reads and volume.primary.inline:
             return
         self._healed.add(volume.id)
+        if self.tracking.noted:
+            return  # the journal's tail is older than what the primary took: only a restart's comparison helps
         if volume.upstream is not None:
             return volume.upstream.heal()
         writer = TailWriter({volume.id: volume}, self.refused)
@@ -236,18 +241,27 @@ class Group:
         if self.journal_dead:
             return self._reopening.attempt()
         self.flusher.want_checkpoint()
-        if self.reason and self.reason["code"] == "journal_full" and not self.journal.has_room:
+        if self.reason and self.reason["code"] == JOURNAL_FULL and not self.journal.has_room:
             return  # a heartbeat would fit, and the next write stop the group again
         self.append_again()
 
     def append_again(self) -> None:
         """Goes on if the journal takes something, and what was refused could be read back."""
-        first, heartbeat = self.first_records, (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
-        if self.try_append(first or [heartbeat]):
-            self.first_records = []
-            self.settle()
-            if self.refusals.first_seq is None:
-                self._resume()
+        untold = [(volume, due_behind(volume)) for volume in self.tracking.untold]
+        gaps = [gap_open(volume, reason) for volume, reason in untold if reason is not None]
+        heartbeat = (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
+        if not self.try_append([*self.first_records, *gaps] or [heartbeat]):
+            return
+        self.first_records = []
+        for seq, (volume, reason) in enumerate(untold, self.journal.last_seq - len(gaps) + 1):
+            volume.in_gap, volume.sync = True, reason
+            self.go_on_resync(volume, seq)
+        if untold:
+            self.save_state()
+        self.tracking.end()
+        self.settle()
+        if self.refusals.first_seq is None:
+            self._resume()
 
     def prepare(self) -> None:
         """Lets the journal make its next segment before it is needed."""
@@ -314,6 +328,7 @@ class Group:
                 log.error("group %s: the journal cannot be told of the checkpoint: %s", self.name, error)
                 return
             self.checkpoint_seq = seq
+            self.tracking.checkpointed(seq)
             for volume in self.volumes:
                 if volume.intent is not None and volume.due is None and volume.doubt is None:
                     volume.intent.checkpointed(seq)

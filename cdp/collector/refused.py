@@ -83,6 +83,11 @@ def sync_records(volume: int, offset: int, content: bytes) -> list[NewRecord]:
 _ZEROS = memoryview(bytes(SYNC_BYTES))
 
 
+def gap_open(volume: Volume, reason: Reason, from_seq: int = 0) -> NewRecord:
+    """From `from_seq` (0: this record) on no point of the volume is offered."""
+    return batch.GAP, batch.OPEN, volume.id, from_seq, 0, json.dumps(reason).encode()
+
+
 def _reason(volume: Volume) -> Reason:
     return {"code": "refused_write", "text": f"The primary of {volume.name} refused a write."}
 

@@ -7,20 +7,22 @@ doubt the volume is `stopped` until `trust` says which side is right. Blocks; ru
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
-from dataclasses import dataclass, field
 
 from cdp import storage
 from cdp.collector import tail
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group, NewRecord
 from cdp.collector.intent import IntentMap
+from cdp.collector.judging import MTIME_TOLERANCE_NS, judge, set_doubt, survey
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.replicated import Replicated
-from cdp.collector.resync import INITIAL_SYNC, UNCLEAN_RESTART, gap_open
+from cdp.collector.refused import gap_open
+from cdp.collector.resync import INITIAL_SYNC
 from cdp.collector.rolling import note_rollback
-from cdp.collector.state import Checkpoint, GroupState, boot_id, load_checkpoint, load_group, save
+from cdp.collector.state import Checkpoint, GroupState, load_checkpoint, load_group, save
+from cdp.collector.tracking import due_behind
 from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
 from cdp.errors import ConfigError, JournalFullError, StorageError
 from cdp.journal import batch, consumers
@@ -29,23 +31,10 @@ from cdp.journal.writer import JournalWriter
 
 log = logging.getLogger(__name__)
 
-# A write reaches the primary at most this long after its batch: file systems stamp coarsely, disks stall.
-MTIME_TOLERANCE_NS = 2_000_000_000
 # While a start writes the journal's tail the primaries' mtimes move on: heartbeats say that it was this collector.
 TAIL_HEARTBEAT_NS = MTIME_TOLERANCE_NS // 2
-# After a kill a device may have taken what the journal says once in the life before, once by the start, which may
-# itself have been killed, and once when it was healed; more than that, and this little, was written by somebody else.
-REWRITTEN, UNTOLD_BYTES, SECTOR_BYTES = 4, 1 << 20, 512
 # Volume numbers are 16 bits, and one of them means "the whole group".
 MAX_VOLUME_IDS = batch.NO_VOLUME
-
-
-@dataclass
-class _Tail:
-    """The journal since the checkpoint: wall time of its last batch, pages that each volume's writes lie in."""
-
-    written_ns: int
-    pages: dict[int, int] = field(default_factory=dict)
 
 
 def open_group(
@@ -59,28 +48,25 @@ def open_group(
     state = load_group(f"{folder}/group.json")
     checkpoint = load_checkpoint(f"{folder}/checkpoint")
     volumes: list[Volume] = []
-    journal: JournalWriter | None = None
-    try:
+    with contextlib.ExitStack() as on_error:
         for volume_spec in spec.volumes:
-            volumes.append(_open_volume(volume_spec, state, checkpoint, folder, worker))
+            volumes.append(_open_volume(volume_spec, state, checkpoint, folder, worker, on_error))
         state["epoch"] += 1
         save(f"{folder}/group.json", state)
         identity = Identity(bytes.fromhex(state["group_id"]), state["epoch"], storage.random_bytes(16))
         known_durable_seq = checkpoint["seq"] if checkpoint else 0
         journal = _open_journal(f"{folder}/journal", identity, segment_bytes, max_bytes, known_durable_seq)
+        on_error.callback(journal.close)
         for name in (CHECKPOINT_CONSUMER, *spec.consumers):
             consumers.register(f"{folder}/journal", name, journal.first_seq - 1, identity.group_id)
         group = Group(spec.name, folder, state, volumes, journal, worker, max_bytes)
-        _begin(group, checkpoint)
+        on_error.callback(group.tracking.close)
         if spec.replicated is not None:
             group.replicated = Replicated(group, spec.replicated, f"{folder}/journal")
-        return group
-    except BaseException:
-        for volume in volumes:
-            _close_volume(volume)
-        if journal is not None:
-            journal.close()
-        raise
+            on_error.callback(group.replicated.close)
+        _begin(group, checkpoint)
+        on_error.pop_all()
+    return group
 
 
 def _open_journal(
@@ -113,15 +99,10 @@ def open_primary(spec: VolumeSpec, known_bytes: int | None) -> Primary:
     raise ConfigError(f"{spec.primary!r} is no primary.", "Write file:PATH, nbd://…, nbd+unix://… or none.")
 
 
-def _close_volume(volume: Volume) -> None:
-    volume.primary.close()
-    if volume.intent is not None:
-        volume.intent.close()
-
-
 def _open_volume(
-    spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | None, folder: str, worker: storage.Worker
-) -> Volume:
+    spec: VolumeSpec, state: GroupState, checkpoint: Checkpoint | None, folder: str, worker: storage.Worker,
+    on_error: contextlib.ExitStack,
+) -> Volume:  # fmt: skip
     known = state["volumes"].get(spec.name)
     if known is not None and spec.size_bytes < known["size"]:
         raise ConfigError(
@@ -129,6 +110,7 @@ def _open_volume(
             "A volume's size may grow, never shrink: set `size` to what it had.",
         )
     primary = open_primary(spec, known["size"] if known else None)
+    on_error.callback(primary.close)
     if known is not None and primary.readable:
         reason = _unwatched(spec, known["size"], checkpoint)
         known["sync"] = reason or known.get("sync")  # an initial sync would pass over holes
@@ -144,9 +126,10 @@ def _open_volume(
     known["size"] = spec.size_bytes
     volume = Volume(spec.name, known["id"], spec.size_bytes, primary)
     volume.sync, volume.lock, volume.rollback = known.get("sync"), known.get("lock"), known.get("rollback")
-    _set_doubt(volume, known.get("doubt"))
+    set_doubt(volume, known.get("doubt"))
     if primary.readable:
         volume.intent = IntentMap(f"{folder}/intent-{volume.id}", spec.size_bytes, worker, is_new)
+        on_error.callback(volume.intent.close)
     return volume
 
 
@@ -160,11 +143,6 @@ def _unwatched(spec: VolumeSpec, known_bytes: int, checkpoint: Checkpoint | None
     return None
 
 
-def _set_doubt(volume: Volume, doubt: Reason | None) -> None:
-    volume.doubt = volume.reason = doubt
-    volume.refuse = 0 if doubt is None else errno.EIO
-
-
 def _holds_data(primary: Primary, size_bytes: int) -> bool:
     return not primary.inline or any(data for _, data in primary.extents(0, size_bytes))
 
@@ -173,13 +151,14 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
     """Doubts, the tail, the first records, and all of it durable."""
     after_seq = checkpoint["seq"] if checkpoint else 0
     if checkpoint is not None:
-        tail_ = _survey(group, checkpoint)
+        tail_ = survey(group, checkpoint)
         for volume in group.volumes:
-            _judge(volume, checkpoint, tail_)
+            judge(volume, checkpoint, tail_, group.tracking.noted)
         # The next start could not tell any more what was found: this one writes to the journal and to the primaries.
         group.save_state_now()
         save(f"{group.folder}/checkpoint", group.checkpoint_content(after_seq, clean=False))
-    trusted = {v.id: v for v in group.volumes if not v.refuse}
+    # Where writes went by the journal, its tail is older than what the primaries hold.
+    trusted = {} if group.tracking.noted else {v.id: v for v in group.volumes if not v.refuse}
     writer = tail.TailWriter(trusted, group.refused)
     _write_tail(group, writer, after_seq)
     for name in writer.bookmarks:
@@ -189,12 +168,18 @@ def _begin(group: Group, checkpoint: Checkpoint | None) -> None:
             volume.sync = writer.open_gaps[volume.id]
     for note in writer.rollbacks:
         note_rollback(group.volumes, note)
+    if group.tracking.noted:
+        for volume in group.volumes:
+            volume.sync = due_behind(volume)
     group.hold_checkpoint = any(v.doubt for v in group.volumes)
     group.first_records = _first_records(group)
     group.checkpoint_seq = after_seq
     group.begin()
     if not group.journal_dead:
         _make_durable(group)
+    if not group.first_records:
+        group.tracking.resume()
+        group.tracking.checkpointed(group.checkpoint_seq)
 
 
 def _write_tail(group: Group, writer: tail.TailWriter, after_seq: int) -> None:
@@ -204,75 +189,6 @@ def _write_tail(group: Group, writer: tail.TailWriter, after_seq: int) -> None:
             said_ns = storage.monotonic_ns()
             group.try_append([(batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")])
         writer.apply(found)
-
-
-def _survey(group: Group, checkpoint: Checkpoint) -> _Tail:
-    """What the journal says of the time since the checkpoint. Lengths are only asked for after a kill, of devices."""
-    found = _Tail(checkpoint["wall_ns"])
-    devices = not checkpoint["clean"] and any("written_sectors" in v.primary.identity() for v in group.volumes)
-    for one in group.journal.batches_after(checkpoint["seq"], header_only=not devices):
-        found.written_ns = one.wall_ns
-        for record in one.records() if devices else ():
-            if record.kind in (batch.WRITE, batch.ZERO, batch.SYNC):
-                pages = -(-(record.offset + record.length) // storage.PAGE_BYTES) - record.offset // storage.PAGE_BYTES
-                found.pages[record.volume] = found.pages.get(record.volume, 0) + pages
-    return found
-
-
-def _judge(volume: Volume, checkpoint: Checkpoint, tail_: _Tail) -> None:
-    """Stops the volume when its primary may not be what was left; asks for a comparison after a power cut."""
-    left = checkpoint["primaries"].get(volume.name)
-    if left is None:
-        return  # it is new
-    doubt = None if volume.doubt else _doubt(volume, left, checkpoint, tail_)
-    if doubt is not None:
-        log.error("volume %s stopped (%s): %s", volume.name, doubt["code"], doubt["text"])
-        _set_doubt(volume, doubt)
-    elif not checkpoint["clean"] and checkpoint["boot_id"] != boot_id() and volume.primary.readable:
-        volume.sync = volume.sync or _unclean(volume)
-
-
-def _unclean(volume: Volume) -> Reason | None:
-    """Why a primary is compared after the machine went down; None where nothing was written for long."""
-    assert volume.intent is not None  # it can be read
-    touched = sum(length for _, length in volume.intent.touched())
-    if not touched and volume.intent.known:
-        return None
-    text = f"The machine went down while it was written; {touched} of its {volume.size} bytes are compared."
-    return {"code": UNCLEAN_RESTART, "text": text}
-
-
-def _doubt(volume: Volume, left: dict[str, object], checkpoint: Checkpoint, tail_: _Tail) -> Reason | None:
-    there = volume.primary.identity()
-    same_boot = checkpoint["boot_id"] == boot_id()
-    advice = f"Say which side is right: `cdp trust {volume.name} primary` or `cdp trust {volume.name} journal`."
-    grown = left.get("size") != there.get("size") and volume.size == there.get("size")
-    # Device numbers may change with a start of the machine; the size when the volume was made larger.
-    skipped = {"mtime_ns", "written_sectors"} | (set() if same_boot else {"dev"}) | ({"size"} if grown else set())
-    if {k: v for k, v in left.items() if k not in skipped} != {k: v for k, v in there.items() if k not in skipped}:
-        return {"code": "other_primary", "text": f"The primary of {volume.name} is not the one it was. {advice}"}
-    if grown:
-        return None  # it is compared
-    pages = tail_.pages.get(volume.id, 0)
-    if _changed(left, there, checkpoint["clean"], same_boot, tail_.written_ns, pages):
-        text = f"The primary of {volume.name} was written while the collector was away. {advice}"
-        return {"code": "primary_changed", "text": text}
-    return None
-
-
-def _changed(
-    left: dict[str, object], there: dict[str, int | str], clean: bool, same_boot: bool, written_ns: int, pages: int
-) -> bool:
-    """Whether somebody else wrote the primary, as far as that can be seen."""
-    mtime_ns = there.get("mtime_ns")
-    if isinstance(mtime_ns, int):
-        return mtime_ns != left.get("mtime_ns") if clean else mtime_ns > written_ns + MTIME_TOLERANCE_NS
-    before, now = left.get("written_sectors"), there.get("written_sectors")
-    if not same_boot or not isinstance(before, int) or not isinstance(now, int) or min(before, now) < 0:
-        return False
-    if clean:
-        return now != before
-    return (now - before) * SECTOR_BYTES > pages * storage.PAGE_BYTES * REWRITTEN + UNTOLD_BYTES
 
 
 def _first_records(group: Group) -> list[NewRecord]:
@@ -333,6 +249,7 @@ def close_group(group: Group) -> None:
         group.save_state_now()
         save(f"{group.folder}/bookmarks", group.bookmarks.content())
         failed = group.journal_dead or any(v.sync_failed for v in group.volumes)
+        failed = failed or group.tracking.noted  # the next start must not write the tail
         failed = failed or group.answered_seq != journal.durable_seq
         if not failed:
             seq = group.checkpoint_seq if group.hold_checkpoint else journal.durable_seq
@@ -341,8 +258,11 @@ def close_group(group: Group) -> None:
     except (OSError, StorageError) as e:
         log.error("group %s: not stopped cleanly: %s", group.name, e)
     for volume in group.volumes:
-        _close_volume(volume)
+        volume.primary.close()
+        if volume.intent is not None:
+            volume.intent.close()
     journal.close()
+    group.tracking.close()
     if group.replicated is not None:
         group.replicated.close()
 

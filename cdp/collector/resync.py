@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cdp import storage
-from cdp.collector.refused import sync_records
+from cdp.collector.refused import gap_open, sync_records
 from cdp.collector.sweep import Sweep
+from cdp.collector.tracking import TRACKING
 from cdp.collector.volume import Progress, Reason, Volume
 from cdp.errors import StorageError
 from cdp.journal import batch
@@ -26,13 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INITIAL_SYNC, UNCLEAN_RESTART = "initial_sync", "unclean_restart"
+# Passes over what the intent map names; the others are over all of a volume.
+BY_REGIONS = (UNCLEAN_RESTART, TRACKING)
 # A pass whose primary could not be read is tried again.
 RETRY_SECONDS = 1.0
-
-
-def gap_open(volume: Volume, reason: Reason, from_seq: int = 0) -> NewRecord:
-    """From `from_seq` (0: this record) on no point of the volume is offered."""
-    return batch.GAP, batch.OPEN, volume.id, from_seq, 0, json.dumps(reason).encode()
 
 
 class Resyncs:
@@ -79,7 +77,7 @@ class Resyncs:
         assert volume.sync is not None
         group, skip_holes = self._group, volume.sync["code"] == INITIAL_SYNC
         regions = [(0, volume.size)]
-        if volume.sync["code"] == UNCLEAN_RESTART and volume.intent is not None:
+        if volume.sync["code"] in BY_REGIONS and volume.intent is not None:
             regions = volume.intent.touched()
         volume.progress = Progress(0, sum(length for _, length in regions))
         zeros_are_known = skip_holes and volume.primary.inline

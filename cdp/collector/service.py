@@ -85,7 +85,7 @@ class Collector:
     def _serve(self, group: Group) -> None:
         resyncs = Resyncs(group, self.slow)
         self._resyncs.append(resyncs)
-        group.start_resync = resyncs.start
+        group.start_resync, group.go_on_resync = resyncs.start, resyncs.go_on
         group.serving = True
         if group.replicated is not None:
             assert self._loop is not None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cdp import storage
 from cdp.collector.intent import NoIntent
 from cdp.collector.reads import ReadPool
+from cdp.collector.tracking import JOURNAL_FULL
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch
 from cdp.nbd import wire
@@ -134,18 +135,18 @@ class Splitter(Export):
         if not writes:
             return
         group, volume = self._group, self._volume
-        if volume.refuse or group.refuse:
-            return self._refuse(connection, writes, volume.refuse or group.refuse)
         if clean:
             missing = self._intent.missing((w[3], w[4]) for w in writes if w[0] != wire.FLUSH)
             if missing:
                 return self._defer(connection, writes, descriptors, data_bytes, plain, missing)
+        if volume.refuse or group.refuse:
+            return self._refuse(connection, writes, volume.refuse or group.refuse)
         if writes[0][0] == wire.FLUSH:
             group.flusher.flush_comes(volume)
         try:
             first_seq = group.journal.append(b"".join(descriptors), [w[5] for w in writes if w[5]], data_bytes)
         except JournalFullError as e:
-            group.stop("journal_full", str(e), errno.ENOSPC)
+            group.stop(JOURNAL_FULL, str(e), errno.ENOSPC)
             return self._refuse(connection, writes, errno.ENOSPC)
         except OSError as e:
             group.journal_died(e)
@@ -192,7 +193,8 @@ class Splitter(Export):
     def _intent_failed(self, connection: Connection, writes: list[Request], error: BaseException) -> None:
         text = "volume %s: writes are refused, because the write-intent map cannot be written: %s"
         self._group.said.add(("intent", self._volume.id), logging.ERROR, text, self._volume.name, error)
-        self._refuse(connection, writes, getattr(error, "errno", None) or errno.EIO)
+        for request in writes:
+            connection.fail(request[2], getattr(error, "errno", None) or errno.EIO)
 
     def _execute(self, connection: Connection, writes: list[Request], first_seq: int, plain: bool) -> None:
         """What is in the journal, onto the primary, and the answers."""
@@ -277,7 +279,10 @@ class Splitter(Export):
         return durable
 
     def _refuse(self, connection: Connection, writes: list[Request], number: int) -> None:
-        """Nothing was journaled: changes fail; a FLUSH has only what was answered before to make durable."""
+        """Nothing was journaled: where that is being tracked it goes on, else changes fail, and a FLUSH has only what
+        was answered before to make durable."""
+        if self._group.tracking.takes(self._volume):
+            return self._group.tracking.write(self._volume, connection, writes)
         for command, _, cookie, _, _, _ in writes:
             if command in _CHANGES or self._group.journal_dead:
                 connection.fail(cookie, number)

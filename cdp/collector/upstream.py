@@ -40,9 +40,7 @@ class Upstream:
         """A journaled write (`data` None: zeros) of the batch that begins at `batch_seq`."""
         group, volume = self._group, self._volume
         group.pending[batch_seq] = group.pending.get(batch_seq, 0) + 1
-        for watch in volume.watches:
-            if offset < watch.end and watch.start < offset + length:
-                watch.touched = True
+        self._touch(offset, length)
 
         def done(_: object, error: BaseException | None) -> None:
             if error is not None:
@@ -52,9 +50,25 @@ class Upstream:
                 del group.pending[batch_seq]
             volume.dirty = True
             group.settle()
-            answer(OSError(getattr(error, "errno", None) or errno.EIO, str(error)) if error is not None else None)
+            answer(_as_os_error(error))
 
         self._primary.write_later(offset, length, data, punch, done)
+
+    def write_untracked(
+        self, offset: int, length: int, data: bytes | None, punch: bool, answer: Callable[[OSError | None], None]
+    ) -> None:
+        """A write that is not journaled: nothing waits for it but its client."""
+        self._touch(offset, length)
+
+        def done(_: object, error: BaseException | None) -> None:
+            answer(_as_os_error(error))
+
+        self._primary.write_later(offset, length, data, punch, done)
+
+    def _touch(self, offset: int, length: int) -> None:
+        for watch in self._volume.watches:
+            if offset < watch.end and watch.start < offset + length:
+                watch.touched = True
 
     def _lost(self, error: BaseException) -> None:
         volume = self._volume
@@ -97,6 +111,8 @@ class Upstream:
     def _tail(self) -> Iterator[list[Operation]]:
         """What this volume's primary was to take since the checkpoint, a batch at a time."""
         group, volume = self._group, self._volume
+        if group.tracking.noted:
+            return  # it may have what the journal never saw, which is newer
         try:
             for found in group.journal.batches_after(group.checkpoint_seq):
                 yield [
@@ -118,3 +134,7 @@ class Upstream:
                 self._group.refused(self._volume, offset, length, seq)
 
         return Operation(kind, offset, length, data, punch, done)
+
+
+def _as_os_error(error: BaseException | None) -> OSError | None:
+    return None if error is None else OSError(getattr(error, "errno", None) or errno.EIO, str(error))

@@ -163,38 +163,38 @@ def test_failed_sync_of_the_journal_goes_on_in_a_new_segment(tmp_path: Path) -> 
 
 
 def test_failed_append_goes_on_in_a_new_segment_by_itself(tmp_path: Path) -> None:
-    """Promise 3: what was acknowledged is in the new segment, what was refused is nowhere, and writes go on."""
+    """Promises 3 and 10: what was acknowledged before is in the new segment, what came meanwhile is compared."""
     fail = tmp_path / "fail"
     failing = {"operation": "pwritev", "part": "/segment-00000000000000000001", "fail_file": str(fail)}
     with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing=failing) as runner:
         assert qemu_io(runner, "write -P 2 0 64k", "flush", "write -P 3 64k 4k").returncode == 0
         fail.touch()  # that file stays bad
-        assert "Input/output error" in qemu_io(runner, "write -P 4 0 64k").stdout
+        assert qemu_io(runner, "write -P 4 0 64k").returncode == 0
         runner.wait_for("a new segment", lambda f: f["state"] == "protected")
-        assert qemu_io(runner, "write -P 5 128k 4k", "flush", "read -P 2 0 64k", "read -P 3 64k 4k").returncode == 0
+        assert qemu_io(runner, "write -P 5 128k 4k", "flush", "read -P 4 0 64k", "read -P 3 64k 4k").returncode == 0
         runner.kill()
         runner.start()
-        assert qemu_io(runner, "read -P 2 0 64k", "read -P 5 128k 4k").returncode == 0
+        runner.wait_for("compared", lambda f: f["state"] == "protected")
+        assert qemu_io(runner, "read -P 4 0 64k", "read -P 5 128k 4k").returncode == 0
     assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
 
 
-def test_journal_disk_that_fails_stops_the_group_for_as_long(tmp_path: Path) -> None:
-    """Promise 3: `stopped` with its reason, reads served, writes and flushes refused, until appends work again."""
+def test_journal_disk_that_fails_is_done_without_for_as_long(tmp_path: Path) -> None:
+    """Promises 3 and 10: `tracking` with its reason; writes and flushes go on, until appends work again."""
     fail = tmp_path / "fail"
     failing = {"operation": "pwritev", "part": "/journal/", "fail_file": str(fail)}
     with Runner(tmp_path, [("db", f"file:{tmp_path}/db.raw", 8 * MIB)], failing=failing) as runner:
         assert qemu_io(runner, "write -P 2 0 64k").returncode == 0
         fail.touch()
         for _ in range(2):
-            assert "Input/output error" in qemu_io(runner, "write -P 4 0 64k").stdout
-        assert qemu_io(runner, "flush").returncode != 0
+            assert qemu_io(runner, "write -P 4 0 64k", "flush").returncode == 0
         figures = runner.figures()
-        assert (figures["state"], figures["reason"]["code"]) == ("stopped", "journal_failed")
-        assert qemu_io(runner, "read -P 2 0 64k").returncode == 0
+        assert (figures["state"], figures["reason"]["code"]) == ("tracking", "journal_failed")
+        assert qemu_io(runner, "read -P 4 0 64k").returncode == 0
         assert refusal(lambda: runner.command("bookmark", group="shop", name="a")).code == "stopped"
         fail.unlink()
         runner.wait_for("appends", lambda f: f["state"] == "protected" and f["reason"] is None)
-        assert qemu_io(runner, "write -P 6 1M 64k", "flush", "read -P 2 0 64k").returncode == 0
+        assert qemu_io(runner, "write -P 6 1M 64k", "flush", "read -P 4 0 64k").returncode == 0
         runner.command("bookmark", group="shop", name="a")
     assert bytes(Journal(runner.journal, {0: 8 * MIB}).images[0]) == (tmp_path / "db.raw").read_bytes()
 
@@ -233,22 +233,3 @@ def test_a_gap_whose_reason_was_not_saved_is_closed_after_a_kill(tmp_path: Path)
         runner.kill()
         runner.start()
         assert runner.figures()["state"] == "resyncing"
-
-
-def test_full_journal_stops_writes_and_goes_on_by_itself(tmp_path: Path) -> None:
-    """Promise 10's stop: reads are served, writes get ENOSPC, and space lets the group go on."""
-    volumes = [("db", f"file:{tmp_path}/db.raw", 64 * MIB)]
-    with Runner(tmp_path, volumes, segment_bytes=4 * MIB, max_bytes=16 * MIB) as runner:
-        done = qemu_io(runner, *[f"write -P {i} {i}M 1M" for i in range(1, 30)])
-        assert "No space left" in done.stdout
-        figures = runner.figures()
-        assert (figures["state"], figures["reason"]["code"]) == ("stopped", "journal_full")
-        assert qemu_io(runner, "read -P 1 1M 1M").returncode == 0
-        runner.kill()
-        runner.start()
-        assert qemu_io(runner, "read -P 1 1M 1M").returncode == 0
-        runner.command("consumer_remove", group="shop", name="replayer")
-        runner.wait_for("space", lambda f: f["state"] == "protected")
-        assert qemu_io(runner, "write -P 9 40M 1M", "flush", "read -P 9 40M 1M").returncode == 0
-        content = (tmp_path / "db.raw").read_bytes()
-        assert content[40 * MIB : 41 * MIB] == b"\t" * MIB
