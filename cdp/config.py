@@ -131,10 +131,10 @@ class Group(_Section):
     window_size: Size | None = Field(default=None, description="no limit: history is kept by time alone", ge=64 << 20)
     ack: Literal["local", "replicated"] = Field(default="local", description="nothing else slows production")
     replicated_timeout: Duration = Field(
-        default=30 * 10**9, description='ack = "replicated" only: guests give a disk this long before they reset it', gt=0
+        default=30 * 10**9, description='ack = "replicated" only: guests wait for a disk so long', gt=0
     )
     replicated_fallback: Literal["refuse", "local"] = Field(
-        default="refuse", description='ack = "replicated" only: after the timeout a flush fails; "local": it is answered'
+        default="refuse", description='ack = "replicated" only: after it a flush fails; "local": it is answered'
     )
     max_lag: Duration = Field(default=60 * 10**9, description="a replayer that is a minute behind wants a look", gt=0)
     volumes: list[Volume] = Field(alias="volume", min_length=1, max_length=MAX_VOLUMES_IN_GROUP)

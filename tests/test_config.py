@@ -81,7 +81,7 @@ def test_relative_paths_are_taken_from_the_folder_of_the_file(tmp_path: Any) -> 
             ["min_insync_replicas", "replication_factor"],
         ),
         (("[[group.volume]]", 'ack = "replicated"\n[[group.volume]]'), ["replicated", "shop", 'kind = "kafka"']),
-        (("[[group.volume]]", 'replicated_timeout = "9s"\n[[group.volume]]'), ["replicated_timeout", "replicated", "local"]),
+        (("[[group.volume]]", 'replicated_timeout = "9s"\n[[group.volume]]'), ["replicated_timeout", "local"]),
         (("[[group.volume]]", 'window = "24"\n[[group.volume]]'), ["window", "24h"]),
         (("[[group.volume]]", 'window = "0s"\n[[group.volume]]'), ["window"]),
         (("[[group]]", '[collector]\nlisten = ["10809"]\n[[group]]'), ["collector.listen[1]", "10809"]),

@@ -112,7 +112,7 @@ class Flusher:
         waiting, self._waiting = self._waiting, []
         whole, self._checkpoint_wanted = self._checkpoint_wanted, False
         # A checkpoint is the end of a batch: a refused write may be inside of one.
-        whole = whole and group.refusals.first_seq is None and not group.tracking.on
+        whole = whole and group.refusals.first_seq is None
         round_ = _Round(waiting, group.answered_seq if whole else 0)
         if whole:
             for volume in group.volumes:

@@ -14,12 +14,12 @@ from typing import Any
 from cdp import storage
 from cdp.collector.bookmarks import Bookmarks
 from cdp.collector.flusher import Flusher
-from cdp.collector.refused import RefusedWrites, gap_open
+from cdp.collector.refused import RefusedWrites
 from cdp.collector.reopening import Reopening
 from cdp.collector.replicated import Replicated
 from cdp.collector.state import VERSION, Checkpoint, GroupState, Store, boot_id, save
 from cdp.collector.tail import TailWriter
-from cdp.collector.tracking import JOURNAL_FAILED, JOURNAL_FULL, Tracking, due_behind
+from cdp.collector.tracking import JOURNAL_FAILED, JOURNAL_FULL, Tracking
 from cdp.collector.volume import Reason, Volume
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch, consumers
@@ -124,7 +124,7 @@ class Group:
     @property
     def journal_is_filling(self) -> bool:
         """Passes over volumes wait: the rest of the space is for production."""
-        return self.journal.bytes > self._max_journal_bytes * 3 // 4
+        return self.journal.live_bytes > self._max_journal_bytes * 3 // 4
 
     @property
     def has_unsynced(self) -> bool:
@@ -226,10 +226,12 @@ class Group:
         self._healed.clear()
         self.said.tick()
         self.refusals.end_storms()
-        if any(volume.sync_failed for volume in self.volumes):
+        if self.tracking.noted or any(volume.sync_failed for volume in self.volumes):
             self.flusher.want_checkpoint()
         if self.refuse:
             self._try_again()
+        elif self.journal_is_filling:  # passes wait for it, and its consumers may have gone on
+            self.release()
         elif not self.active:
             self.try_append([(batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")])
         self.active = False
@@ -247,17 +249,10 @@ class Group:
 
     def append_again(self) -> None:
         """Goes on if the journal takes something, and what was refused could be read back."""
-        untold = [(volume, due_behind(volume)) for volume in self.tracking.untold]
-        gaps = [gap_open(volume, reason) for volume, reason in untold if reason is not None]
         heartbeat = (batch.HEARTBEAT, 0, batch.NO_VOLUME, 0, 0, b"")
-        if not self.try_append([*self.first_records, *gaps] or [heartbeat]):
+        if not self.try_append([*self.first_records, *self.tracking.gaps()] or [heartbeat]):
             return
         self.first_records = []
-        for seq, (volume, reason) in enumerate(untold, self.journal.last_seq - len(gaps) + 1):
-            volume.in_gap, volume.sync = True, reason
-            self.go_on_resync(volume, seq)
-        if untold:
-            self.save_state()
         self.tracking.end()
         self.settle()
         if self.refusals.first_seq is None:
@@ -330,7 +325,8 @@ class Group:
             self.checkpoint_seq = seq
             self.tracking.checkpointed(seq)
             for volume in self.volumes:
-                if volume.intent is not None and volume.due is None and volume.doubt is None:
+                held = self.tracking.noted or volume.due is not None or volume.doubt is not None
+                if volume.intent is not None and not held:
                     volume.intent.checkpointed(seq)
             self.release()
 

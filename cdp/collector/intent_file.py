@@ -27,7 +27,7 @@ from cdp import storage
 MAGIC, VERSION = b"CDPI", 1
 _HEAD = struct.Struct("<4sIQQII")
 _CRC = struct.Struct("<I")
-# A region for each of so many bits at most: 2 KiB that one sync writes, and a random storm sets all of them in a second.
+# At most so many bits: 2 KiB that one sync writes, and a random storm sets all of them in a second.
 MAX_REGIONS = 16 << 10
 # Smaller regions would cost small volumes more syncs, and save them milliseconds after a power cut.
 MIN_SHIFT = 20

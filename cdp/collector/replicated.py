@@ -1,4 +1,4 @@
-"""`ack = "replicated"`: a FLUSH or FUA is answered when the journal's remote carrier has acknowledged it too (promise 3).
+"""`ack = "replicated"`: a FLUSH or FUA is answered when the journal's remote carrier has it too (promise 3).
 
 The relay says how far that is. A flush that it does not reach in time is refused, or, if so configured, answered as
 durable here alone until the carrier has caught up. Owned by the loop's thread.
@@ -112,8 +112,8 @@ class Replicated:
             self._refuse_waiting(len(self._waiting))
         self._group.stop(
             FENCED,
-            f"Another collector carries a history of {self._group.name} to the topic, and with ack = \"replicated\" this "
-            "one takes no more writes. Stop one of the two; see the relay's reason.",
+            f"Another collector carries a history of {self._group.name} to the topic, and with ack = \"replicated\" "
+            "this one takes no more writes. Stop one of the two; see the relay's reason.",
         )
 
     def _wait_again(self) -> None:

@@ -17,8 +17,8 @@ from cdp.collector.intent import IntentMap
 from cdp.collector.judging import MTIME_TOLERANCE_NS, judge, set_doubt, survey
 from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
-from cdp.collector.replicated import Replicated
 from cdp.collector.refused import gap_open
+from cdp.collector.replicated import Replicated
 from cdp.collector.resync import INITIAL_SYNC
 from cdp.collector.rolling import note_rollback
 from cdp.collector.state import Checkpoint, GroupState, load_checkpoint, load_group, save

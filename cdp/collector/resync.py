@@ -22,7 +22,7 @@ from cdp.errors import StorageError
 from cdp.journal import batch
 
 if TYPE_CHECKING:
-    from cdp.collector.group import Group, NewRecord
+    from cdp.collector.group import Group
 
 log = logging.getLogger(__name__)
 

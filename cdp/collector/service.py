@@ -14,8 +14,8 @@ from cdp.collector.flusher import SYNC_SECONDS, SYNC_THREADS
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.reads import ReadPool
-from cdp.collector.restart import close_group, open_group
 from cdp.collector.replicated import LOOK_SECONDS
+from cdp.collector.restart import close_group, open_group
 from cdp.collector.resync import Resyncs
 from cdp.collector.splitter import Splitter
 from cdp.collector.upstream import Upstream

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from cdp import storage
+from cdp.collector.refused import gap_open
 from cdp.collector.volume import Reason, Volume
 from cdp.errors import CorruptionError
 from cdp.nbd import wire
 
 if TYPE_CHECKING:
-    from cdp.collector.group import Group
+    from cdp.collector.group import Group, NewRecord
     from cdp.nbd.connection import Connection
     from cdp.nbd.contract import Request
 
@@ -50,7 +51,7 @@ class Tracking:
         """Raises CorruptionError, OSError."""
         self._group = group
         self.on = False
-        self._written: set[Volume] = set()
+        self._written: dict[Volume, None] = {}  # in order
         self._ended_seq = 0  # a checkpoint from here on takes the note back
         was_there = storage.exists(path)
         self._fd = storage.open_file(path, os.O_RDWR | os.O_CREAT)
@@ -85,7 +86,8 @@ class Tracking:
             return self._group.said.add("note", logging.ERROR, text, self._group.name, e)
         self.on = self.noted = True
         self._ended_seq = 0
-        log.error("group %s is tracking: writes go to the primaries alone until the journal takes them", self._group.name)
+        text = "group %s is tracking: writes go to the primaries alone until the journal takes them"
+        log.error(text, self._group.name)
 
     def takes(self, volume: Volume) -> bool:
         """Whether a write that is not journaled may go to this volume: not while a rollback copies onto it, whose
@@ -100,7 +102,7 @@ class Tracking:
             if command == wire.FLUSH:
                 flusher.wait(volume, answer)
                 continue
-            self._written.add(volume)
+            self._written[volume] = None
             volume.dirty = True
             if flags & wire.FUA:
                 answer = partial(self._flush_after, volume, answer)
@@ -128,17 +130,24 @@ class Tracking:
 
     # --- and back
 
-    @property
-    def untold(self) -> list[Volume]:
-        """The volumes that were written meanwhile: their gaps come before all else."""
-        return list(self._written)
+    def gaps(self) -> list[NewRecord]:
+        """A GAP for every volume that was written: they come before all else."""
+        due = [(volume, due_behind(volume)) for volume in self._written]
+        return [gap_open(volume, reason) for volume, reason in due if reason is not None]
 
     def end(self) -> None:
-        """The gaps are in the journal."""
-        if self.on:
-            log.warning("group %s: writes are journaled again from seq %d on", self._group.name, self._group.journal.last_seq)
-            self.on, self._written, self._ended_seq = False, set(), self._group.journal.last_seq
-            self._group.flusher.want_checkpoint()
+        """The gaps are in the journal, as its last records: what was written is read, and journaled, from here on."""
+        if not self.on:
+            return
+        group, seq = self._group, self._group.journal.last_seq
+        log.warning("group %s: writes are journaled again from seq %d on", group.name, seq)
+        for gap_seq, volume in enumerate(self._written, seq - len(self._written) + 1):
+            volume.in_gap, volume.sync = True, due_behind(volume)
+            group.go_on_resync(volume, gap_seq)
+        if self._written:
+            group.save_state()
+        self.on, self._written, self._ended_seq = False, {}, seq
+        group.flusher.want_checkpoint()
 
     def resume(self) -> None:
         """A start has journaled the gaps of what an earlier life noted."""

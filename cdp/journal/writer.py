@@ -122,7 +122,12 @@ class JournalWriter:
     @property
     def bytes(self) -> int:
         """Space of the segments and of the files kept to be recycled."""
-        return self._ended_bytes() + self._current_bytes + self._spares.bytes
+        return self.live_bytes + self._spares.bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """The same without what is kept to be recycled."""
+        return self._ended_bytes() + self._current_bytes
 
     @property
     def has_room(self) -> bool:
@@ -175,8 +180,7 @@ class JournalWriter:
         """
         size = length + HEADER_PAGE_BYTES
         size = max(self.segment_bytes, size + -size % storage.PAGE_BYTES)
-        live_bytes = self._ended_bytes() + self._current_bytes
-        old = self._current
+        live_bytes, old = self.live_bytes, self._current
         try:
             larger = size > self.segment_bytes
             spare = self._spares.take_larger(live_bytes, size) if larger else self._spares.take(live_bytes)
@@ -315,11 +319,9 @@ class JournalWriter:
     # --- space
 
     def prepare(self) -> Callable[[], None] | None:
-        """Work for a worker, if there is any: the next segment's file, freed ones to recycle or remove.
-
-        What it raises (OSError, JournalFullError) is for the log: a roll that finds no file tries itself.
-        """
-        return self._spares.job(self._ended_bytes() + self._current_bytes)
+        """Work for a worker, if there is any: the next segment's file, freed ones to recycle or remove. What it raises
+        (OSError, JournalFullError) is for the log: a roll that finds no file tries itself."""
+        return self._spares.job(self.live_bytes)
 
     def release(self) -> None:
         """Frees the segments that every consumer is past; reads a small file for each. Raises CorruptionError."""

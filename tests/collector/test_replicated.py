@@ -6,6 +6,7 @@ import errno
 import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,10 +77,8 @@ def test_a_flush_waits_for_the_carrier_and_a_write_does_not(side: Make, what: st
     """Promise 3, the part of `ack = "replicated"`."""
     s = side()
     s.client.write(0, b"x" * 4096)
-    if what == "flush":
-        cookie = s.client.send(FLUSH)
-    else:
-        cookie = s.client.send(WRITE, 8192, data=b"f" * 4096, flags=FUA)
+    fua: dict[str, Any] = {"data": b"f" * 4096, "flags": FUA}
+    cookie = s.client.send(FLUSH) if what == "flush" else s.client.send(WRITE, 8192, **fua)
     assert s.is_silent()
     needed = s.last_seq
     s.says(needed - 2)
@@ -162,7 +161,7 @@ def test_a_carrier_behind_a_steady_load_is_waited_for_again(side: Make) -> None:
 
 
 def test_a_fenced_collector_takes_no_more_writes(side: Make) -> None:
-    """Promise 4: with flushes in flight, which are never acknowledged; and it goes on when the topic is its own again."""
+    """Promise 4: flushes in flight are never acknowledged; and it goes on when the topic is its own again."""
     s = side()
     s.client.write(0, b"x" * 4096)
     cookie = s.client.send(FLUSH)

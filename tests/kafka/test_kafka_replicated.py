@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def _succeed(old: Appliance, new: Appliance) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.sock", "lock", "*.lock"))
     new.start("collector", "relay")
     wait_for(lambda: new.look()["groups"][0]["volumes"][0]["state"], "the successor")
-    if new.look()["groups"][0]["volumes"][0]["state"] == "stopped":  # its primary is another file than the one that was left
+    if new.look()["groups"][0]["volumes"][0]["state"] == "stopped":  # its primary is another file than was left
         new.cli("trust", "db", "primary")
     wait_for(lambda: new.look()["groups"][0]["relay"]["state"] == "carrying", f"its relay: {new.look()}", 60)
     wait_for(lambda: new.look()["groups"][0]["volumes"][0]["state"] == "protected", "compared", 60)
