@@ -21,6 +21,7 @@ from typing import Any
 
 from appliance import health
 from appliance.client import Client
+from appliance.reaching import Reach
 from cdp.config import load
 from cdp.errors import UnreachableError
 
@@ -230,7 +231,7 @@ class Appliance:
     # --- the control API, for what is asked often: a command line of its own takes half a second of CPU
 
     def control(self) -> Client:
-        return Client(str(self.folder / "state"))
+        return Client(Reach(str(self.folder / "state")))
 
     def look(self) -> dict[str, Any]:
         """What `cdp status --json` prints; a part that cannot be reached just now is left out."""
