@@ -40,14 +40,7 @@ class Reach:
 
     def is_here(self, role: str) -> bool:
         """Whether the role's parent answers on its unix socket."""
-        try:
-            with paths.ShortPath(paths.api_socket(self.state_dir, role)) as path:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.settimeout(PROBE_SECONDS)
-                    probe.connect(path)
-        except OSError:
-            return False
-        return True
+        return _answers(paths.api_socket(self.state_dir, role))
 
     def remote(self, role: str) -> str | None:
         """The base URL of the role's API where its unix socket does not answer; None: the unix socket it is."""
@@ -55,13 +48,25 @@ class Reach:
         return None if url is None or self.is_here(role) else url
 
     def nbd(self, role: str) -> str:
-        """Where the role's NBD server is reached: where it listens when it is on this machine, else `nbd_at`."""
-        address = self.nbd_at.get(role)
-        return paths.client_address(self.listen[role]) if address is None or self.is_here(role) else address
+        """Where the role's NBD server is reached: its unix socket if it answers, else `nbd_at`, else its TCP address."""
+        here, away = paths.client_address(self.listen[role]), self.nbd_at.get(role)
+        if away is None or (here.startswith("unix:") and _answers(here.removeprefix("unix:"))):
+            return here
+        return away
 
     def token(self) -> str | None:
         """The bearer token, None where there is none. Raises ConfigError."""
         return None if self.token_file is None else read_token(self.token_file)
+
+
+def _answers(path: str) -> bool:
+    try:
+        with paths.ShortPath(path) as short, socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_SECONDS)
+            probe.connect(short)
+    except OSError:
+        return False
+    return True
 
 
 def read_token(path: str) -> str:

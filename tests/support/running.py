@@ -127,6 +127,9 @@ class Appliance:
     max_size: str = "4GiB"
     journal: str = 'kind = "embedded"'  # the lines of [journal] that say which carrier
     disk: Path | None = None  # where the primaries are, if not in `folder`
+    listen: dict[str, str] = field(default_factory=dict)  # by role: one more address of its NBD server
+    more: dict[str, str] = field(default_factory=dict)  # by section: further lines of it
+    prefix: tuple[str, ...] = ()  # before every command, like `ip netns exec NAME`
     services: dict[str, Service] = field(default_factory=dict)
 
     @property
@@ -146,8 +149,8 @@ class Appliance:
     def write_config(self) -> None:
         lines = [
             f'[appliance]\nstate_dir = "{self.folder / "state"}"',
-            f'[collector]\nlisten = ["unix:{self.socket("collector")}"]',
-            f'[replayer]\nlisten = ["unix:{self.socket("replayer")}"]',
+            *(self._served(role) for role in ("collector", "replayer")),
+            *(f"[{section}]\n{self.more[section]}" for section in ("relay", "control") if section in self.more),
             f'[journal]\n{self.journal}\nsegment_size = "{self.segment_size}"\nmax_size = "{self.max_size}"',
             f'[[group]]\nname = "{self.group}"\nwindow = "{self.window}"\nack = "local"',
         ]
@@ -158,6 +161,10 @@ class Appliance:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text("\n".join(lines) + "\n")
 
+    def _served(self, role: str) -> str:
+        addresses = [f"unix:{self.socket(role)}", *([self.listen[role]] if role in self.listen else [])]
+        return f"[{role}]\nlisten = {json.dumps(addresses)}\n{self.more.get(role, '')}"
+
     # --- processes
 
     def start(self, *commands: str) -> None:
@@ -165,7 +172,7 @@ class Appliance:
         if not self.config.exists():
             self.write_config()
         for command in commands or ("up",):
-            self.services[command] = Service(self.config, command, self.folder / f"{command}.log")
+            self.services[command] = Service(self.config, command, self.folder / f"{command}.log", self.prefix)
         for command in commands or ("up",):
             self.services[command].wait_ready()
 
@@ -201,7 +208,7 @@ class Appliance:
 
     def run(self, *arguments: str, timeout: float = CLI_SECONDS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [CDP, "--config", str(self.config), *arguments],
+            [*self.prefix, CDP, "--config", str(self.config), *arguments],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
