@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from appliance import paths, reaching
 from appliance.guard import Guard
 from appliance.http_server import Endpoint
-from cdp.config import Config, Relay
+from cdp.config import Config
+from cdp.config_sections import Relay
 from cdp.config_values import is_loopback
 from cdp.errors import ConfigError
 from cdp.nbd.listening import listen_tcp, parse_address

@@ -195,5 +195,6 @@ def _newest_good(figures: dict[str, Any]) -> float:
     """A gap that is still open ends the points of its volume, so the oldest of these counts for the whole group."""
     if figures["newest"] is None:
         return 0.0
-    open_since_ns = [gap["from"]["time_ns"] for gap in figures["gaps"] if gap["to"] is None]
-    return min([figures["applied_time_ns"], *open_since_ns]) / 1e9
+    open_since_ns: list[int] = [gap["from"]["time_ns"] for gap in figures["gaps"] if gap["to"] is None]
+    applied_ns: int = figures["applied_time_ns"]
+    return min([applied_ns, *open_since_ns]) / 1e9

@@ -48,7 +48,7 @@ class Reach:
         return None if url is None or self.is_here(role) else url
 
     def nbd(self, role: str) -> str:
-        """Where the role's NBD server is reached: its unix socket if it answers, else `nbd_at`, else its TCP address."""
+        """Where the role's NBD server is: its unix socket if it answers, else `nbd_at`, else TCP on this machine."""
         here, away = paths.client_address(self.listen[role]), self.nbd_at.get(role)
         if away is None or (here.startswith("unix:") and _answers(here.removeprefix("unix:"))):
             return here

@@ -8,6 +8,7 @@ from typing import Any
 from appliance import paths
 from appliance.reaching import Reach
 from cdp.config import Config
+from cdp.config_sections import Collector, Replayer
 
 
 def child_settings(role: str, config: Config) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _kafka(config: Config) -> dict[str, Any] | None:
 def reach(config: Config) -> Reach:
     """How the processes of this configuration are reached."""
     roles = {paths.COLLECTOR: config.collector, paths.RELAY: config.relay, paths.REPLAYER: config.replayer}
-    servers = {paths.COLLECTOR: config.collector, paths.REPLAYER: config.replayer}
+    servers: dict[str, Collector | Replayer] = {paths.COLLECTOR: config.collector, paths.REPLAYER: config.replayer}
     return Reach(
         state_dir=config.appliance.state_dir,
         listen={role: section.listen for role, section in servers.items()},

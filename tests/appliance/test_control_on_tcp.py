@@ -113,7 +113,7 @@ def test_without_a_token_it_stays_on_loopback(made: Appliance, address: str) -> 
     assert not (made.folder / "state").exists()
 
 
-@pytest.mark.parametrize("content", [None, "short", "with a space in between it", "umläute-sind-kein-token"])
+@pytest.mark.parametrize("content", [None, "k33p", "with a space in between it", "umläute-sind-kein-token"])
 def test_a_token_file_that_is_none(made: Appliance, tmp_path: Path, content: str | None) -> None:
     (tmp_path / "token").unlink()
     if content is not None:

@@ -1,4 +1,4 @@
-"""An appliance on two machines: whatever the command line does, it does at either site, and honestly when one is away."""
+"""An appliance on two machines: what the command line does, it does at either site, honestly when one is away."""
 
 from __future__ import annotations
 
