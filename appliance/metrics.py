@@ -101,7 +101,7 @@ def _parent(page: Page, supervisor: Supervisor) -> None:
         "cdp_child_ready", "1 while the child serves. If 0 for long, see /readyz and the log.",
         supervisor.ready.is_set(), role=role,
     )  # fmt: skip
-    if supervisor.latest is not None:
+    if supervisor.ready.is_set():
         age = asyncio.get_running_loop().time() - supervisor.heard_at
         text = "Age of the figures on this page, about a second. If it grows, the child is stuck: see the log."
         page.gauge("cdp_figures_age_seconds", text, age, role=role)

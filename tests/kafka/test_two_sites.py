@@ -58,6 +58,7 @@ def test_everything_works_at_either_site(sites: Sites, qemu_io: Callable[..., No
     assert samples["cdp_relay_carried_seq"].value > 0 and "cdp_relay_kept_bytes" in samples
 
 
+@pytest.mark.slow
 def test_a_site_whose_collector_is_away(sites: Sites, qemu_io: Callable[..., None], tmp_path: Path) -> None:
     a, b = sites.a, sites.b
     qemu_io(a.uri("db"), "write -P 0x21 0 1M", "flush")
@@ -81,6 +82,7 @@ def test_a_site_whose_collector_is_away(sites: Sites, qemu_io: Callable[..., Non
     wait_for(sites.is_settled, "healthy again", 60)
 
 
+@pytest.mark.slow
 def test_another_token_is_said_at_the_command_and_in_the_status(sites: Sites) -> None:
     a, b = sites.a, sites.b
     wrong = b.folder / "wrong"
