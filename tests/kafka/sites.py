@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from tests.support.running import Appliance, die_with_parent, wait_for
 
 # Of sites in networks of their own; on one machine free ones are taken instead.
 PORTS = itertools.count(10809)
-STARTED = b"Kafka Server started"
 ROLES = {"a": ("collector", "relay"), "b": ("replayer",)}
 
 
@@ -36,14 +36,19 @@ class SiteBroker(Broker):
         return [*self._prefix, *super()._command(*arguments)]
 
     def start(self) -> None:
-        """Returns when it takes connections, by its log: nobody outside of its network can connect to it."""
-        log = self.folder / "log"
-        with open(log, "ab") as output:
+        """Returns when it takes connections."""
+        with open(self.folder / "log", "ab") as output:
             self._process = subprocess.Popen(
                 self._command("kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, preexec_fn=die_with_parent,
             )  # fmt: skip
-        wait_for(lambda: STARTED in log.read_bytes(), f"a broker at {self.address}", START_SECONDS)
+        wait_for(self._answers, f"a broker at {self.address}", START_SECONDS)
+
+    def _answers(self) -> bool:
+        """Asked from inside: nobody outside of its network can connect to it."""
+        host, port = self.address.split(":")
+        code = f"import socket; socket.create_connection(({host!r}, {port}), 1)"
+        return subprocess.run([*self._prefix, sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
 class Sites:

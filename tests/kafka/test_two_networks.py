@@ -31,8 +31,8 @@ def cable(peer: Callable[[str], str]) -> Iterator[Cable]:
 
 
 @pytest.fixture
-def broker(cable: Cable, kafka_folder: Path) -> Iterator[SiteBroker]:
-    made = SiteBroker(kafka_folder / "site-a", cable.addresses["a"], cable.inside("a"))
+def broker(cable: Cable, kafka_folder: Path, folder: Path) -> Iterator[SiteBroker]:
+    made = SiteBroker(kafka_folder / folder.name, cable.addresses["a"], cable.inside("a"))
     try:
         made.start()
         yield made
