@@ -222,6 +222,11 @@ def test_who_asks_nothing_is_let_go(served: Appliance) -> None:
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(4096) == b""
         sock.close()
+    (half,) = connections(served, 1)
+    half.sendall(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+    half.settimeout(guard.BODY_SECONDS + 10)
+    assert half.recv(4096).startswith(b"HTTP/1.1 408")
+    half.close()
 
 
 def test_the_unix_socket_is_for_its_owner_alone(served: Appliance) -> None:

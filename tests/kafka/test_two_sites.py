@@ -28,6 +28,7 @@ def sites(broker: Broker, folder: Path) -> Iterator[Sites]:
         yield made
 
 
+@pytest.mark.timeout(240)  # some thirty command lines, on a machine that is busy with other tests
 def test_everything_works_at_either_site(sites: Sites, qemu_io: Callable[..., None], tmp_path: Path) -> None:
     a, b = sites.a, sites.b
     assert not (b.folder / "state" / "collector").exists() and not (a.folder / "state" / "replayer").exists()
