@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from fastapi import Body, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from appliance import monitor
 from appliance.supervisor import Supervisor
+from cdp.config import Group
 from cdp.errors import CdpError, NotFoundError
 
 # A client that waits longer asks again; waits are for replay, which has no upper bound of its own.
@@ -22,7 +24,7 @@ MAX_WATCH_SECONDS = 10.0
 _HTTP_STATUS = {2: 400, 3: 404, 4: 409, 5: 503, 6: 500}
 
 # What people and scripts may ask of each child. Locks and the ends of a rollback are asked by rollbacks only, which
-# use the same API: who can open this socket is the owner of the state folder.
+# use the same API: who can open the unix socket is the owner of the state folder, who comes over TCP has its token.
 COMMANDS = {
     "collector": {
         "bookmark", "verify", "resync", "lock", "unlock", "rollback_begin", "rollback_end", "consumers",
@@ -42,8 +44,8 @@ class Rollbacks(Protocol):
     def act(self, number: str, action: str) -> dict[str, Any]: ...
 
 
-def build(supervisor: Supervisor, rollbacks: Rollbacks | None) -> FastAPI:
-    """The application. Everything runs on the parent's one asyncio loop."""
+def build(supervisor: Supervisor, rollbacks: Rollbacks | None, groups: list[Group]) -> FastAPI:
+    """The application, /healthz and its like included. Everything runs on the parent's one asyncio loop."""
     app = FastAPI(title=f"cdp {supervisor.role}", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(CdpError)
@@ -73,6 +75,7 @@ def build(supervisor: Supervisor, rollbacks: Rollbacks | None) -> FastAPI:
 
     if rollbacks is not None:
         _add_rollbacks(app, rollbacks)
+    monitor.add_to(app, supervisor, groups)
     return app
 
 

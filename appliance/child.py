@@ -66,6 +66,7 @@ def _run(channel: Channel, make: Make) -> None:
         _stop_on_sigterm(loop)
         loop.every(FIGURES_SECONDS, lambda: channel.send({"figures": service.figures()}))
         channel.send({"ready": {"listen": bound}})
+        channel.send({"figures": service.figures()})
         loop.run()
     finally:
         service.stop()

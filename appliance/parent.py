@@ -1,4 +1,4 @@
-"""A parent: supervises one child, serves its API on a unix socket, ends with it.
+"""A parent: supervises one child, serves its API on a unix socket (and on TCP where asked for), ends with it.
 
 `run` is what `cdp collector`, `cdp replayer` and `cdp relay` are. Its stdout says where everything
 listens and then `ready`.
@@ -11,15 +11,12 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
-import uvicorn
-from fastapi import FastAPI
-
-from appliance import api, paths
+from appliance import api, endpoints, monitor, paths
 from appliance.control import die_with_parent
+from appliance.http_server import serving
 from appliance.rollbacks import RollbackJobs
 from appliance.settings import child_settings
 from appliance.supervisor import Supervisor
@@ -29,23 +26,11 @@ from cdp.errors import StorageError
 
 # "A start waits up to 10 s for locks": as long as a process that was told to stop may need to go.
 LOCK_SECONDS = 10.0
-# Requests under way at a stop get this long; their callers hear "ended before it answered" after it.
-GRACE_SECONDS = 2
-# The CLI, rollbacks and a few watchers; more connections than this wait unread.
-MAX_CONNECTIONS = 64
 MODULES = {
     paths.COLLECTOR: "appliance.collector_child",
     paths.REPLAYER: "appliance.replayer_child",
     paths.RELAY: "appliance.relay_child",
 }
-
-
-class _Server(uvicorn.Server):
-    """Signals are the parent's business, not the HTTP server's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def run(role: str, config: Config) -> int:
@@ -71,9 +56,11 @@ async def _serve(role: str, config: Config) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with _http(api.build(supervisor, rollbacks), paths.api_socket(config.appliance.state_dir, role)):
+    apps = api.build(supervisor, rollbacks, config.groups), monitor.build(supervisor, config.groups)
+    served = endpoints.open_all(role, config, *apps)
+    async with serving(*served.endpoints), _unlinked(paths.api_socket(config.appliance.state_dir, role)):
         child = asyncio.create_task(supervisor.run())
-        announce = asyncio.create_task(_announce(supervisor))
+        announce = asyncio.create_task(_announce(supervisor, served.lines))
         resumer = asyncio.create_task(rollbacks.resume_when_ready()) if rollbacks else None
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({child, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,8 +73,20 @@ async def _serve(role: str, config: Config) -> int:
     return 0
 
 
-async def _announce(supervisor: Supervisor) -> None:
+@contextlib.asynccontextmanager
+async def _unlinked(path: str) -> AsyncIterator[None]:
+    """Nobody finds the socket after the block."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+async def _announce(supervisor: Supervisor, served: list[str]) -> None:
     await supervisor.ready.wait()
+    for line in served:
+        print(f"{supervisor.role}: {line}", flush=True)
     for address in supervisor.listen:
         print(f"{supervisor.role}: {describe(address)}", flush=True)
     print("ready", flush=True)
@@ -98,24 +97,3 @@ def describe(address: str) -> str:
     if address.startswith("unix:"):
         return f"nbd+unix:///?socket={address.removeprefix('unix:')}"
     return f"nbd://{address.removeprefix('tcp:')}"
-
-
-@contextlib.asynccontextmanager
-async def _http(app: FastAPI, path: str) -> AsyncIterator[None]:
-    """Serves `app` on the unix socket `path` inside the block."""
-    listener: socket.socket = paths.listen_private(path)
-    server = _Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS,
-            limit_concurrency=MAX_CONNECTIONS,
-        )
-    )  # fmt: skip
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)

@@ -14,8 +14,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from appliance import paths
 from appliance.client import Client
 from appliance.control import Channel
+from appliance.reaching import Reach
 from cdp.errors import CdpError, StorageError
 from cdp.recovery.job import ABANDON, UNDO, Job
 from cdp.recovery.rollback import Progress, Rollback, Stopped
@@ -29,9 +31,9 @@ PROGRESS_SECONDS = 0.1
 
 def run(settings: dict[str, Any], progress: Callable[[Progress], None], on_made: Callable[[Rollback], None]) -> Job:
     """Goes on with the job at `settings["path"]`, in its direction or the one asked for. Raises CdpError, Stopped."""
-    path = settings["path"]
+    reach = Reach(**settings["reach"])
     rollback = Rollback(
-        path, None, Client(settings["state_dir"]), settings["collector"], settings["replayer"], progress,
+        settings["path"], None, Client(reach), reach.nbd(paths.COLLECTOR), reach.nbd(paths.REPLAYER), progress,
         lock_seconds=LOCK_SECONDS,
     )  # fmt: skip
     on_made(rollback)

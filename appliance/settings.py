@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from appliance import paths
+from appliance.reaching import Reach
 from cdp.config import Config, Group
+from cdp.config_sections import Collector, Replayer
 
 
 def child_settings(role: str, config: Config) -> dict[str, Any]:
@@ -57,12 +60,20 @@ def _kafka(config: Config) -> dict[str, Any] | None:
     }
 
 
+def reach(config: Config) -> Reach:
+    """How the processes of this configuration are reached."""
+    roles = {paths.COLLECTOR: config.collector, paths.RELAY: config.relay, paths.REPLAYER: config.replayer}
+    servers: dict[str, Collector | Replayer] = {paths.COLLECTOR: config.collector, paths.REPLAYER: config.replayer}
+    return Reach(
+        state_dir=config.appliance.state_dir,
+        listen={role: section.listen for role, section in servers.items()},
+        control_at={role: section.control_at for role, section in roles.items() if section.control_at},
+        nbd_at={role: section.nbd_at for role, section in servers.items() if section.nbd_at},
+        token_file=config.control.token_file,
+        ca=config.control.ca,
+    )
+
+
 def rollback_settings(config: Config, path: str, direction: str | None) -> dict[str, Any]:
     """What the process of the rollback job at `path` is told; `direction` None: as the job says."""
-    return {
-        "path": path,
-        "direction": direction,
-        "state_dir": config.appliance.state_dir,
-        "collector": paths.client_address(config.collector.listen),
-        "replayer": paths.client_address(config.replayer.listen),
-    }
+    return {"path": path, "direction": direction, "reach": dataclasses.asdict(reach(config))}

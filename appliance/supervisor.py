@@ -57,6 +57,9 @@ class Supervisor:
         self.restarts = 0
         self.last_error: CdpError | None = None
         self.ready = asyncio.Event()
+        # The figures that the child sent last by itself, and when (the loop's clock): for who only watches.
+        self.latest: dict[str, Any] | None = None
+        self.heard_at = 0.0
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -111,7 +114,10 @@ class Supervisor:
         self._writer.close()
 
     def _receive(self, message: dict[str, Any]) -> None:
-        if "ready" in message:
+        if "figures" in message:
+            self.latest, self.heard_at = message["figures"], asyncio.get_running_loop().time()
+        elif "ready" in message:
+            self.heard_at = asyncio.get_running_loop().time()
             self.listen = message["ready"].get("listen", [])
             self.pid = self._process.pid if self._process else None
             self.ready.set()
@@ -127,7 +133,7 @@ class Supervisor:
 
     def _lost(self) -> None:
         self.ready.clear()
-        self.pid, self._writer = None, None
+        self.pid, self._writer, self.latest = None, None, None
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(self._unreachable("ended before it answered"))

@@ -1,4 +1,4 @@
-"""The configuration: `cdp.toml`, read with tomllib, checked by pydantic, every default with its reason.
+"""The configuration: the content of `cdp.toml` checked by pydantic, every default with its reason.
 
 Promises: an unknown key is refused by its name and with the nearest known one; a size or a duration carries its
 unit; a relative path is taken from the folder of the configuration file, so that a tree can be moved; whoever holds
@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from cdp.config_values import Address, Broker, Duration, Name, Path, Primary, Size, format_size
+from cdp import config_file
+from cdp.config_sections import MAX_ADDRESSES, Appliance, Collector, Control, Relay, Replayer, Section
+from cdp.config_values import Broker, Duration, Name, Primary, Size, is_loopback
 from cdp.errors import ConfigError
 
-# The file is small; more than this is not a configuration.
-MAX_FILE_BYTES = 1 << 20
 # Every group has its own journal, replica thread and index: some 10 MiB and a few descriptors each.
 MAX_GROUPS = 16
 # Volumes of a group share one journal stream and one intent map.
 MAX_VOLUMES_IN_GROUP = 64
-# Addresses are for networks and sockets of one machine.
-MAX_ADDRESSES = 8
 # Keys of [journal] that mean something to Kafka alone.
 KAFKA_KEYS = frozenset({
     "bootstrap_servers", "topic_prefix", "replication_factor", "min_insync_replicas", "retention", "keep_after_ack",
@@ -38,37 +35,7 @@ MAX_VOLUME_BYTES = 1 << 52
 SECTOR_BYTES = 512
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Appliance(_Section):
-    """`[appliance]`"""
-
-    state_dir: Path = Field(default="/var/lib/cdp", description="journal, replicas and history; a service's place")
-
-
-class Collector(_Section):
-    """`[collector]`"""
-
-    listen: list[Address] = Field(
-        default=["unix:/run/cdp/collector.sock", "tcp:127.0.0.1:10809"],
-        description="where production connects; 10809 is the NBD port, on loopback because NBD has no password",
-        min_length=1, max_length=MAX_ADDRESSES,
-    )  # fmt: skip
-
-
-class Replayer(_Section):
-    """`[replayer]`"""
-
-    listen: list[Address] = Field(
-        default=["unix:/run/cdp/replayer.sock", "tcp:127.0.0.1:10810"],
-        description="where past states are read; loopback, as they hold the same data as production",
-        min_length=1, max_length=MAX_ADDRESSES,
-    )  # fmt: skip
-
-
-class Journal(_Section):
+class Journal(Section):
     """`[journal]`"""
 
     kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files: nothing else to run")
@@ -115,7 +82,7 @@ class Journal(_Section):
             raise ValueError("min_insync_replicas must not be greater than replication_factor")
 
 
-class Volume(_Section):
+class Volume(Section):
     """`[[group.volume]]`"""
 
     name: Name = Field(description="its export name on both servers")
@@ -123,7 +90,7 @@ class Volume(_Section):
     size: Size = Field(description="bytes, whole sectors", ge=4096, le=MAX_VOLUME_BYTES, multiple_of=SECTOR_BYTES)
 
 
-class Group(_Section):
+class Group(Section):
     """`[[group]]`"""
 
     name: Name = Field(description="of its journal, for bookmarks and rollbacks of all its volumes")
@@ -154,12 +121,14 @@ class Group(_Section):
         return self
 
 
-class Config(_Section):
-    """The whole file. `path` is where it was read from."""
+class Config(Section):
+    """The whole file."""
 
     appliance: Appliance = Appliance()
     collector: Collector = Collector()
+    relay: Relay = Relay()
     replayer: Replayer = Replayer()
+    control: Control = Control()
     journal: Journal = Journal()
     groups: list[Group] = Field(alias="group", min_length=1, max_length=MAX_GROUPS)
 
@@ -181,11 +150,26 @@ class Config(_Section):
                     f'the group {group.name} has ack = "replicated", which needs kind = "kafka" in [journal]: '
                     "segment files are on this machine alone"
                 )
+        self._check_addresses()
+        return self
+
+    def _check_addresses(self) -> None:
+        sections = {"collector": self.collector, "relay": self.relay, "replayer": self.replayer}
         listen = [*self.collector.listen, *self.replayer.listen]
+        listen += [a for section in sections.values() for a in (section.control, section.monitor) if a]
         twice = next((a for i, a in enumerate(listen) if a in listen[:i] and not a.endswith(":0")), None)
         if twice:
             raise ValueError(f"the address {twice} is given twice")
-        return self
+        for name, section in sections.items():
+            if section.control and not is_loopback(section.control) and self.control.token_file is None:
+                raise ValueError(
+                    f"{name}.control = {section.control!r} is outside of loopback, where everyone could roll a volume "
+                    "back: name a file with a token of at least 16 characters as token_file in [control]"
+                )
+            if section.control_at and section.control_at.startswith("http:") and self.control.certificate:
+                raise ValueError(
+                    f"{name}.control_at = {section.control_at!r}: with a certificate the API speaks TLS; write https://"
+                )
 
     def _names(self) -> Iterator[str]:
         for group in self.groups:
@@ -199,34 +183,9 @@ class Config(_Section):
                 yield group, volume
 
 
-def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """The path of the configuration: `--config`, $CDP_CONFIG, ./cdp.toml, /etc/cdp/cdp.toml. Raises ConfigError."""
-    named = explicit or environ.get("CDP_CONFIG")
-    if named:
-        return os.path.abspath(named)
-    for path in ("cdp.toml", "/etc/cdp/cdp.toml"):
-        if os.path.exists(path):
-            return os.path.abspath(path)
-    raise ConfigError(
-        "There is no configuration: neither ./cdp.toml nor /etc/cdp/cdp.toml exists.",
-        "Write one with `cdp init`, or name yours with --config or $CDP_CONFIG.",
-    )
-
-
 def load(path: str) -> Config:
     """Reads and checks one file. Raises ConfigError."""
-    try:
-        with open(path, "rb") as f:
-            raw = f.read(MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}.", "Write one with `cdp init`.") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than {format_size(MAX_FILE_BYTES)}.", "Is it a configuration?")
-    try:
-        content = tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
-        raise ConfigError(f"{path} is not valid TOML: {e}.", "Correct the file.") from None
-    return parse(content, os.path.dirname(os.path.abspath(path)), path)
+    return parse(config_file.read(path), os.path.dirname(os.path.abspath(path)), path)
 
 
 def parse(content: dict[str, Any], folder: str, path: str = "configuration") -> Config:

@@ -5,6 +5,7 @@ Each is read from text with its unit and says in its ValueError how it is writte
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from typing import Annotated
@@ -21,6 +22,7 @@ MAX_SOCKET_PATH_BYTES = 107
 
 _SIZE = re.compile(r"\s*(\d{1,18})(?:\.(\d{1,6}))?\s*([A-Za-z]*)\s*", re.ASCII)
 _DURATION = re.compile(r"\s*(\d{1,9})(?:\.(\d{1,6}))?\s*(ms|s|m|h|d|w)\s*", re.ASCII)
+_URL = re.compile(r"[!-~]+")  # what a header of a request can carry
 _SIZE_UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGTP", 1)
@@ -126,6 +128,35 @@ def _primary(value: object, info: ValidationInfo) -> str:
     )
 
 
+def _tcp_address(value: object, info: ValidationInfo) -> str:
+    if isinstance(value, str) and value.startswith("tcp:"):
+        return _address(value, info)
+    raise ValueError(f'{value!r} is no TCP address; write "tcp:127.0.0.1:10811" or "tcp:0.0.0.0:10811"')
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches `tcp:host:port`. A name other than localhost may mean anything."""
+    host = address.removeprefix("tcp:").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _url(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    try:
+        url = urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+    except ValueError:  # brackets or a port that are none
+        good = False
+    if not good or url.path not in ("", "/") or url.query or url.fragment or not _URL.fullmatch(text):
+        raise ValueError(f'{value!r} is no base URL; write "https://host:10811" or "http://host:10811"')
+    return f"{url.scheme}://{url.netloc}"
+
+
 def _broker(value: object) -> str:
     host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if host and colon and re.fullmatch(r"\d{1,5}", port) and 0 < int(port) < 65536:
@@ -138,5 +169,7 @@ Duration = Annotated[int, BeforeValidator(parse_duration_ns)]
 Name = Annotated[str, BeforeValidator(_name)]
 Path = Annotated[str, BeforeValidator(_path)]
 Address = Annotated[str, BeforeValidator(_address)]
+TcpAddress = Annotated[str, BeforeValidator(_tcp_address)]
+Url = Annotated[str, BeforeValidator(_url)]
 Primary = Annotated[str, BeforeValidator(_primary)]
 Broker = Annotated[str, BeforeValidator(_broker)]

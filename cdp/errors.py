@@ -76,7 +76,7 @@ class NotFoundError(CdpError):
 
 class RefusedError(CdpError):
     """Understood, and refused: `code` says why (busy, outside_window, future, beyond_newest, ambiguous, expired,
-    in_gap, in_rollback, locked, name_taken, exists, declined, no_space, unsupported, stopped)."""
+    in_gap, in_rollback, locked, name_taken, exists, declined, no_space, unsupported, stopped, unauthorized)."""
 
     code = "refused"
     exit_code = 4

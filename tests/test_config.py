@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdp import config, config_values
+from cdp import config, config_file, config_values
 from cdp.errors import ConfigError
 
 SMALL = """
@@ -45,7 +45,8 @@ def test_defaults_of_a_small_file() -> None:
 
 
 def test_every_default_carries_its_reason() -> None:
-    for section in (config.Appliance, config.Collector, config.Replayer, config.Journal, config.Group, config.Volume):
+    ways = (config.Appliance, config.Collector, config.Relay, config.Replayer, config.Control)
+    for section in (*ways, config.Journal, config.Group, config.Volume):
         for name, field in section.model_fields.items():
             assert field.description or name == "volumes", f"{section.__name__}.{name}"
 
@@ -56,6 +57,42 @@ def test_relative_paths_are_taken_from_the_folder_of_the_file(tmp_path: Any) -> 
     c = config.load(str(file))
     assert c.appliance.state_dir == str(tmp_path / "state")
     assert c.collector.listen == [f"unix:{tmp_path}/state/c.sock"]
+
+
+TWO_MACHINES = """
+[collector]
+listen = ["tcp:0.0.0.0:10809"]
+control = "tcp:0.0.0.0:10811"
+control_at = "https://site-a:10811/"
+nbd_at = "tcp:site-a:10809"
+[relay]
+monitor = "tcp:[::1]:10823"
+[replayer]
+control = "tcp:127.0.0.1:10812"
+nbd_at = "unix:r.sock"
+[control]
+token_file = "secrets/token"
+certificate = "cert.pem"
+key = "cert.pem"
+ca = "ca.pem"
+"""
+
+
+def test_the_ways_between_two_machines() -> None:
+    c = parsed(TWO_MACHINES + SMALL)
+    assert (c.collector.control, c.collector.control_at) == ("tcp:0.0.0.0:10811", "https://site-a:10811")
+    assert (c.collector.nbd_at, c.replayer.nbd_at) == ("tcp:site-a:10809", "unix:/srv/here/r.sock")
+    assert (c.relay.monitor, c.relay.control, c.replayer.control) == ("tcp:[::1]:10823", None, "tcp:127.0.0.1:10812")
+    assert c.control.token_file == "/srv/here/secrets/token" and c.control.ca == "/srv/here/ca.pem"
+    assert parsed(SMALL).control.token_file is None and parsed(SMALL).collector.control is None
+
+
+@pytest.mark.parametrize(("address", "loopback"), [
+    ("tcp:127.0.0.1:1", True), ("tcp:127.9.9.9:1", True), ("tcp:[::1]:1", True), ("tcp:localhost:1", True),
+    ("tcp:0.0.0.0:1", False), ("tcp:[::]:1", False), ("tcp:10.0.0.1:1", False), ("tcp:localhost.evil.example:1", False),
+])  # fmt: skip
+def test_what_is_loopback(address: str, loopback: bool) -> None:
+    assert config_values.is_loopback(address) is loopback
 
 
 @pytest.mark.parametrize(
@@ -88,6 +125,21 @@ def test_relative_paths_are_taken_from_the_folder_of_the_file(tmp_path: Any) -> 
         (("[[group]]", '[collector]\nlisten = ["tcp:h:99999"]\n[[group]]'), ["collector.listen[1]", "99999"]),
         (("[[group]]", f'[collector]\nlisten = ["unix:{"x" * 120}"]\n[[group]]'), ["longer than 107"]),
         (("[[group]]", '[collector]\nlisten = ["tcp:h:1"]\n[replayer]\nlisten = ["tcp:h:1"]\n[[group]]'), ["tcp:h:1"]),
+        (("[[group]]", '[relay]\nmonitor = "tcp:h:1"\n[replayer]\nlisten = ["tcp:h:1"]\n[[group]]'), ["tcp:h:1"]),
+        (("[[group]]", '[collector]\ncontrol = "unix:/x"\n[[group]]'), ["collector.control", "unix:/x", "tcp:"]),
+        (
+            ("[[group]]", '[collector]\ncontrol = "tcp:0.0.0.0:10811"\n[[group]]'),
+            ["collector.control", "loopback", "token_file", "16"],
+        ),
+        (("[[group]]", '[replayer]\ncontrol_at = "site-b:10812"\n[[group]]'), ["replayer.control_at", "https://host"]),
+        (("[[group]]", '[replayer]\ncontrol_at = "https://u:p@h"\n[[group]]'), ["replayer.control_at", "https://host"]),
+        (("[[group]]", '[replayer]\ncontrol_at = "https://h/v1"\n[[group]]'), ["replayer.control_at", "https://host"]),
+        (("[[group]]", '[control]\nkey = "k"\n[[group]]'), ["control", "certificate"]),
+        (("[[group]]", '[control]\ntoken = "secret"\n[[group]]'), ["control.token", '"token_file"']),
+        (
+            ("[[group]]", '[relay]\ncontrol_at = "http://h"\n[control]\ncertificate = "c"\nkey = "k"\n[[group]]'),
+            ["relay.control_at", "TLS", "https://"],
+        ),
     ],
 )
 def test_what_is_wrong_is_named(change: tuple[str, str], words: list[str]) -> None:
@@ -121,13 +173,13 @@ def test_window_by_size_alone_has_no_age() -> None:
 
 def test_lookup_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config.find("a.toml", {"CDP_CONFIG": "/b.toml"}) == str(tmp_path / "a.toml")
-    assert config.find(None, {"CDP_CONFIG": "/b.toml"}) == "/b.toml"
+    assert config_file.find("a.toml", {"CDP_CONFIG": "/b.toml"}) == str(tmp_path / "a.toml")
+    assert config_file.find(None, {"CDP_CONFIG": "/b.toml"}) == "/b.toml"
     if not os.path.exists("/etc/cdp/cdp.toml"):
         with pytest.raises(ConfigError, match="cdp init"):
-            config.find(None, {})
+            config_file.find(None, {})
     (tmp_path / "cdp.toml").write_text(SMALL)
-    assert config.find(None, {}) == str(tmp_path / "cdp.toml")
+    assert config_file.find(None, {}) == str(tmp_path / "cdp.toml")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a = ", b"[" * 100_000, b"#" * (2 << 20)])

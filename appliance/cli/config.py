@@ -32,8 +32,9 @@ def show(as_json: Json = False) -> None:
 
 def _lines() -> Iterator[str]:
     c = config()
-    for name in ("appliance", "collector", "replayer", "journal"):
-        yield from ("", f"[{name}]", *_section(getattr(c, name)))
+    for name in ("appliance", "collector", "relay", "replayer", "control", "journal"):
+        lines = list(_section(getattr(c, name)))
+        yield from ("", f"[{name}]", *lines) if lines else ()  # one machine has no [relay] and no [control]
     for group in c.groups:
         yield from ("", "[[group]]", *_section(group))
         for volume in group.volumes:

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from appliance.client import Client
+from appliance.settings import reach
 from cdp import config as configuration
+from cdp import config_file
 from cdp.config import Config, Group, Volume
 from cdp.errors import CdpError, NotFoundError, UsageError
 from cdp.recovery.times import both_zones, iso_utc, local_zone_name, zone_named
@@ -36,7 +38,7 @@ class Options:
 
 def config_path() -> str:
     """The absolute path of the configuration in force. Raises ConfigError."""
-    return configuration.find(Options.explicit)
+    return config_file.find(Options.explicit)
 
 
 def config() -> Config:
@@ -48,7 +50,7 @@ def config() -> Config:
 
 def client() -> Client:
     """The client of the configured appliance."""
-    return Client(config().appliance.state_dir)
+    return Client(reach(config()))
 
 
 def named(name: str) -> tuple[Group, Volume | None]:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from appliance import paths
 from appliance.cli.context import Json, client, config, emit, err, out, point, size_text, volume_at, when, zone
+from appliance.settings import reach
 
 
 class Format(StrEnum):
@@ -35,7 +36,7 @@ def export(
 
     chosen = form.value if form else exports.form_of(output)
     found = client().replayer("resolve", name=volume.name, expression=expression, zone=zone())
-    address = paths.client_address(config().replayer.listen)
+    address = reach(config()).nbd(paths.REPLAYER)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=volume.size)

@@ -21,6 +21,7 @@ from appliance.cli import (
     init,
     points,
     processes,
+    ready,
     rollback,
     status,
     verify,
@@ -44,7 +45,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 for topic in (
-    init, processes, status, points, bookmark, rollback, export, diff, verify, collector_side, check, config, demo
+    init, processes, status, points, bookmark, rollback, export, diff, verify, collector_side, check, ready, config,
+    demo,
 ):  # fmt: skip
     topic.add_to(app)
 

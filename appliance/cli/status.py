@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Group as Lines
+from rich.markup import escape
 
 from appliance import health, paths
 from appliance.cli.context import Json, client, config, emit, leave, out, size_text, table
@@ -35,17 +36,20 @@ def status(as_json: Json = False) -> None:
 def gather() -> dict[str, Any]:
     """What `--json` prints. Raises UnreachableError when no process answers."""
     answers: dict[str, dict[str, Any] | None] = {}
-    errors: list[CdpError] = []
+    errors: dict[str, CdpError] = {}
     relayed = config().journal.kind == "kafka"
     roles = (paths.REPLAYER, *([paths.RELAY] if relayed else []), paths.COLLECTOR)
     for role in roles:  # in this order: what is applied was in the journal before
         try:
             answers[role] = client().status(role)
-        except UnreachableError as e:
+        except CdpError as e:  # a token that is refused is no reason to be silent about the others
             answers[role] = None
-            errors.append(e)
+            errors[role] = e
     if len(errors) == len(answers):
-        raise UnreachableError(f"None of {', '.join(roles)} can be reached.", errors[0].hint)
+        refused = [e for e in errors.values() if not isinstance(e, UnreachableError)]
+        if refused:
+            raise refused[0]
+        raise UnreachableError(f"None of {', '.join(roles)} can be reached.", next(iter(errors.values())).hint)
     groups = [
         {
             "name": g.name, "window_ns": g.window_ns, "max_lag_ns": g.max_lag,
@@ -54,7 +58,8 @@ def gather() -> dict[str, Any]:
         for g in config().groups
     ]  # fmt: skip
     collector, replayer = answers[paths.COLLECTOR], answers[paths.REPLAYER]
-    return health.status(groups, collector, replayer, answers.get(paths.RELAY), relayed)
+    answer = health.status(groups, collector, replayer, answers.get(paths.RELAY), relayed)
+    return answer | {"unreached": {role: str(error) for role, error in errors.items()}}
 
 
 def _page(answer: dict[str, Any]) -> Lines:
@@ -74,6 +79,7 @@ def _page(answer: dict[str, Any]) -> Lines:
                 volume["primary"],
             )  # fmt: skip
         reasons += _reasons(group)
+    reasons += map(escape, answer.get("unreached", {}).values())
     running = ", ".join(f"{role} {pid or 'not running'}" for role, pid in answer["processes"].items())
     verdict = "[green]healthy[/]" if answer["healthy"] else "[bold red]not healthy[/]"
     return Lines(groups, "", volumes, "", *dict.fromkeys(reasons), f"{verdict} ({running})")

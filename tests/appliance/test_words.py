@@ -12,6 +12,7 @@ from rich.console import Console
 from appliance import health
 from appliance.cli import status
 from appliance.client import Client
+from appliance.reaching import Reach
 from cdp.errors import UnreachableError
 from tests.appliance.test_health import COLLECTOR, GROUPS, figures
 from tests.appliance.test_health import REPLAYER as THEIRS
@@ -47,7 +48,7 @@ def test_a_process_that_is_not_there_is_said_in_words(tmp_path: Path) -> None:
     for prepare in (lambda: None, (tmp_path / "replayer").mkdir, (tmp_path / "replayer" / "api.sock").touch):
         prepare()
         with pytest.raises(UnreachableError) as refused:
-            Client(str(tmp_path)).status("replayer")
+            Client(Reach(str(tmp_path))).status("replayer")
         assert "Errno" not in str(refused.value) and "it is not running" in str(refused.value)
 
 

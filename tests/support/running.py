@@ -21,6 +21,7 @@ from typing import Any
 
 from appliance import health
 from appliance.client import Client
+from appliance.reaching import Reach
 from cdp.config import load
 from cdp.errors import UnreachableError
 
@@ -127,6 +128,9 @@ class Appliance:
     journal: str = 'kind = "embedded"'  # the lines of [journal] that say which carrier
     ack: str = 'ack = "local"'  # the lines of [[group]] that say what a flush waits for
     disk: Path | None = None  # where the primaries are, if not in `folder`
+    listen: dict[str, str] = field(default_factory=dict)  # by role: one more address of its NBD server
+    more: dict[str, str] = field(default_factory=dict)  # by section: further lines of it
+    prefix: tuple[str, ...] = ()  # before every command, like `ip netns exec NAME`
     services: dict[str, Service] = field(default_factory=dict)
 
     @property
@@ -146,8 +150,8 @@ class Appliance:
     def write_config(self) -> None:
         lines = [
             f'[appliance]\nstate_dir = "{self.folder / "state"}"',
-            f'[collector]\nlisten = ["unix:{self.socket("collector")}"]',
-            f'[replayer]\nlisten = ["unix:{self.socket("replayer")}"]',
+            *(self._served(role) for role in ("collector", "replayer")),
+            *(f"[{section}]\n{self.more[section]}" for section in ("relay", "control") if section in self.more),
             f'[journal]\n{self.journal}\nsegment_size = "{self.segment_size}"\nmax_size = "{self.max_size}"',
             f'[[group]]\nname = "{self.group}"\nwindow = "{self.window}"\n{self.ack}',
         ]
@@ -158,6 +162,10 @@ class Appliance:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text("\n".join(lines) + "\n")
 
+    def _served(self, role: str) -> str:
+        addresses = [f"unix:{self.socket(role)}", *([self.listen[role]] if role in self.listen else [])]
+        return f"[{role}]\nlisten = {json.dumps(addresses)}\n{self.more.get(role, '')}"
+
     # --- processes
 
     def start(self, *commands: str) -> None:
@@ -165,7 +173,7 @@ class Appliance:
         if not self.config.exists():
             self.write_config()
         for command in commands or ("up",):
-            self.services[command] = Service(self.config, command, self.folder / f"{command}.log")
+            self.services[command] = Service(self.config, command, self.folder / f"{command}.log", self.prefix)
         for command in commands or ("up",):
             self.services[command].wait_ready()
 
@@ -201,7 +209,7 @@ class Appliance:
 
     def run(self, *arguments: str, timeout: float = CLI_SECONDS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [CDP, "--config", str(self.config), *arguments],
+            [*self.prefix, CDP, "--config", str(self.config), *arguments],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -231,7 +239,7 @@ class Appliance:
     # --- the control API, for what is asked often: a command line of its own takes half a second of CPU
 
     def control(self) -> Client:
-        return Client(str(self.folder / "state"))
+        return Client(Reach(str(self.folder / "state")))
 
     def look(self) -> dict[str, Any]:
         """What `cdp status --json` prints; a part that cannot be reached just now is left out."""
