@@ -314,8 +314,7 @@ class Rollback:
         if self.job.step not in (LOCK, BEGIN) or self.job.begin is not None or self.job.direction != FORWARD:
             return
         if isinstance(error, RefusedError | NotFoundError):
-            if self.job.step == BEGIN:
-                self._commands.unlock(self.job.volumes, self.job.secret)
+            self._commands.unlock(self.job.volumes, self.job.secret)  # at LOCK too: a run that was killed may hold it
             self._release_pins()
             self._enter(DONE)
 

@@ -103,3 +103,31 @@ def test_a_job_is_as_the_process_before_left_it(scene):
     assert waited[0].run().step == DONE
     waited[0].close()
     assert scene.now("db")[:18] == b"production goes on"
+
+
+class DiesAfter:
+    """Carries commands until one of that name was carried."""
+
+    def __init__(self, scene: Scene, name: str) -> None:
+        self._scene, self._name = scene, name
+
+    def command(self, role: str, name: str, arguments: dict[str, Any], timeout_seconds: float = 30.0, /) -> Any:
+        answer = self._scene.rig.command(role, name, arguments, timeout_seconds)
+        if name == self._name:
+            raise Killed
+        return answer
+
+
+def test_one_that_is_refused_after_a_kill_leaves_no_volume_locked(scene):
+    """The lock was taken, the file does not say so yet, and the point left the window before the next run."""
+    with pytest.raises(Killed):
+        scene.run(control=DiesAfter(scene, "lock"))
+    job = jobs.load(scene.job_file)
+    assert job.step == jobs.LOCK
+    with pytest.raises(RefusedError, match="locked|rolled back"):
+        scene.client("db")
+    job.target_seq = 0
+    with pytest.raises(RefusedError, match="window"):
+        scene.run(job)
+    assert jobs.load(scene.job_file).step == DONE
+    assert scene.now("db") == scene.bad["db"]
