@@ -178,6 +178,9 @@ class Rollback:
         self._release_pins()
         self._pins.append(self._commands.pin(self.job.group, self.job.source_seq))
         self._commands.lock(self.job.volumes, self.job.secret, True)
+        if self.job.direction == UNDO:
+            # What an undo copies is the difference to BEGIN of everything that was written until now.
+            self._wait_applied(self._fence())
         self._attached = True
 
     def _begin(self) -> str:
@@ -199,11 +202,8 @@ class Rollback:
         return max(self._commands.fence(volume) for volume in self.job.volumes)
 
     def _wait(self) -> str:
-        job = self.job
-        assert job.begin is not None
-        seq = int(job.begin["seq"])
-        # What an undo copies is the difference to BEGIN of everything that was written until now.
-        self._wait_applied(self._fence() if job.direction == UNDO else seq)
+        assert self.job.begin is not None
+        self._wait_applied(int(self.job.begin["seq"]))
         return COPY
 
     def _wait_applied(self, seq: int) -> None:

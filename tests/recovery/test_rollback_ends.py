@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cdp.errors import RefusedError, UnreachableError
+from cdp.journal.reader import EmbeddedReader
 from cdp.recovery import job as jobs
 from cdp.recovery.copying import Copier
-from cdp.recovery.job import DONE, END, UNLOCK
+from cdp.recovery.job import COPY, DONE, END, PROVE, UNDO, UNLOCK
 from cdp.recovery.rollback import Progress, Rollback
 from tests.recovery.test_rollback import SIZE, Killed, Scene
 
@@ -130,4 +131,33 @@ def test_one_that_is_refused_after_a_kill_leaves_no_volume_locked(scene):
     with pytest.raises(RefusedError, match="window"):
         scene.run(job)
     assert jobs.load(scene.job_file).step == DONE
+    assert scene.now("db") == scene.bad["db"]
+
+
+def test_an_undo_that_goes_on_waits_for_all_that_was_written(scene, monkeypatch):
+    """After a power cut the replayer is back at BEGIN: what it has not replayed again is not in its difference yet."""
+    follows, read = Event(), EmbeddedReader.read
+    follows.set()
+    monkeypatch.setattr(EmbeddedReader, "read", lambda self, size: read(self, size) if follows.is_set() else [])
+
+    def lag(progress: Progress) -> None:
+        if progress.step == COPY:
+            follows.clear()
+        elif progress.step == PROVE:
+            raise Killed
+
+    with pytest.raises(Killed):
+        scene.run(progress=lag)
+    job = jobs.load(scene.job_file)
+    job.direction, job.step, job.copied_to = UNDO, COPY, {}  # as an undo that was killed leaves it
+
+    def command(role: str, name: str, arguments: dict[str, Any], timeout_seconds: float = 30.0, /) -> Any:
+        if name == "wait" and arguments["seq"] > job.begin["seq"]:
+            follows.set()
+        return scene.rig.command(role, name, arguments, timeout_seconds)
+
+    try:
+        scene.run(job, control=SimpleNamespace(command=command))
+    finally:
+        follows.set()
     assert scene.now("db") == scene.bad["db"]
