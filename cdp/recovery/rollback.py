@@ -153,6 +153,8 @@ class Rollback:
             self._enter(UNLOCK)  # nothing was written, perhaps nothing locked
             return
         if job.begin is None:
+            # The collector knows the BEGIN of a lock's holder too; for an abandon nobody else may be there to ask.
+            self._may_have_begun = self._may_have_begun and direction != ABANDON
             self._learn_begin()
         job.direction = direction
         job.bytes, job.extents, job.copied_to = {}, {}, {}

@@ -161,3 +161,23 @@ def test_an_undo_that_goes_on_waits_for_all_that_was_written(scene, monkeypatch)
     finally:
         follows.set()
     assert scene.now("db") == scene.bad["db"]
+
+
+@pytest.mark.parametrize("last", ["pin", "rollback_begin"])
+def test_one_that_died_at_its_begin_is_abandoned_without_the_replayer(scene, last):
+    """Whether BEGIN is in the journal already or not, nobody but the collector is needed."""
+    with pytest.raises(Killed):
+        scene.run(control=DiesAfter(scene, last))
+    job = jobs.load(scene.job_file)
+    assert job.step == jobs.BEGIN and job.begin is None
+
+    def command(role: str, name: str, arguments: dict[str, Any], timeout_seconds: float = 30.0, /) -> Any:
+        if role == "replayer":
+            raise UnreachableError("The replayer cannot be reached.")
+        return scene.rig.command(role, name, arguments, timeout_seconds)
+
+    job = scene.run(job, Rollback.abandon, control=SimpleNamespace(command=command))
+    assert job.step == DONE and job.begin is not None and job.end is not None
+    assert scene.now("db") == scene.bad["db"]
+    scene.rig.bookmark("after")
+    scene.check_past(job)
