@@ -50,8 +50,7 @@ class Commands:
 
     def __init__(self, groups: dict[str, Replayer], volumes: dict[str, str]) -> None:
         self._groups, self._volumes = groups, volumes
-        self._pins: dict[int, Pin] = {}
-        self._next_pin = 0
+        self._pins: dict[str, Pin] = {}
         self._waits = 0
         self._worker: storage.Worker | None = None
         self._table: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -162,14 +161,17 @@ class Commands:
         return {"mismatches": replayer.verify_result(volume, arguments["first_seq"], arguments["last_seq"])}
 
     def _pin(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if len(self._pins) >= MAX_PINS:
+        """An owner has one pin: a process that was killed could not let it go, and the one after it pins anew."""
+        owner = str(arguments["owner"])
+        if owner not in self._pins and len(self._pins) >= MAX_PINS:
             raise RefusedError(f"There are {MAX_PINS} pins already.", "End a rollback or an export.", code="busy")
-        self._next_pin += 1
-        self._pins[self._next_pin] = self._group(arguments["group"]).pin(arguments["seq"])
-        return {"pin": self._next_pin}
+        pin = self._group(arguments["group"]).pin(arguments["seq"], owner)
+        self._unpin(arguments)
+        self._pins[owner] = pin
+        return {}
 
     def _unpin(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        pin = self._pins.pop(arguments["pin"], None)
+        pin = self._pins.pop(str(arguments["owner"]), None)
         if pin is not None:
             pin.release()
         return {}

@@ -79,7 +79,6 @@ class Rollback:
         self._patience_ns = int(patience_seconds * 1e9)
         self._last_ok_ns = storage.monotonic_ns()
         self._stop = threading.Event()
-        self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
         # By volume, of what this run copied. Forgotten at any error: who was away meanwhile may have lost what was
@@ -177,8 +176,7 @@ class Rollback:
         """What a process of the appliance may have forgotten in a restart, and what a killed job may still hold."""
         if self.job.begin is not None:
             self._wait_applied(int(self.job.begin["seq"]))  # a killed replayer goes back a little first
-        self._release_pins()
-        self._pins.append(self._commands.pin(self.job.group, self.job.source_seq))
+        self._commands.pin(self.job.group, self.job.source_seq, self.job.name)
         self._commands.lock(self.job.volumes, self.job.secret, True)
         if self.job.direction == UNDO:
             # What an undo copies is the difference to BEGIN of everything that was written until now.
@@ -273,7 +271,7 @@ class Rollback:
 
     def _unlock(self) -> str:
         self._commands.unlock(self.job.volumes, self.job.secret)
-        self._release_pins()
+        self._commands.unpin(self.job.name)
         self.job.error = None
         return DONE
 
@@ -317,13 +315,8 @@ class Rollback:
             return
         if isinstance(error, RefusedError | NotFoundError):
             self._commands.unlock(self.job.volumes, self.job.secret)  # at LOCK too: a run that was killed may hold it
-            self._release_pins()
+            self._commands.unpin(self.job.name)
             self._enter(DONE)
-
-    def _release_pins(self) -> None:
-        for pin in self._pins:
-            self._commands.unpin(pin)
-        self._pins.clear()
 
     def _given_up(self, error: Exception) -> UnreachableError:
         return UnreachableError(

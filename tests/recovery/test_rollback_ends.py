@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from cdp.recovery.copying import Copier
 from cdp.recovery.job import COPY, DONE, END, PROVE, UNDO, UNLOCK
 from cdp.recovery.rollback import Progress, Rollback
 from tests.recovery.test_rollback import SIZE, Killed, Scene
+from tests.support.running import wait_for
 
 
 @pytest.fixture
@@ -181,3 +183,18 @@ def test_one_that_died_at_its_begin_is_abandoned_without_the_replayer(scene, las
     assert scene.now("db") == scene.bad["db"]
     scene.rig.bookmark("after")
     scene.check_past(job)
+
+
+def test_what_a_killed_run_had_pinned_is_let_go_at_the_end(scene):
+    """Promise 9: the replayer's process lives on, and a pin that nobody knows of would hold its history for ever."""
+
+    def die(progress: Progress) -> None:
+        if progress.step == COPY and progress.volume:
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            scene.run(jobs.load(scene.job_file) if os.path.exists(scene.job_file) else None, progress=die)
+    scene.run(jobs.load(scene.job_file))
+    pins = scene.rig.services["replayer"].service._groups[scene.rig.GROUP].pins
+    wait_for(lambda: not pins.seqs(), "nothing is pinned")  # the connections' own go when the server notices
