@@ -139,7 +139,8 @@ class Commands:
         return {"seq": found.seq, "time_ns": found.time_ns, "zone": found.zone, "asked_ns": found.asked_ns}
 
     def _diff(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Between two points; `to` missing: the newest applied. Extents are [offset, length]."""
+        """Between two points; `to` missing: the newest applied. Extents are [offset, length]; with `totals` only their
+        number."""
         name = arguments["volume"]
         start = self._resolved(arguments, name, arguments["from"])
         end = self._resolved(arguments, name, arguments.get("to", "now"))
@@ -147,13 +148,15 @@ class Commands:
         number = self._number(history.timeline, name)
         assert number is not None  # `name` was resolved as a volume
         size = max(history.timeline.size_at(number, point.seq) or 0 for point in (start, end))
-        found = differences.diff(history, number, size, start, end)
-        return {
+        answer = {
             "from": {"seq": start.seq, "time_ns": start.time_ns},
             "to": {"seq": end.seq, "time_ns": end.time_ns},
-            "extents": found.extents,
-            "bytes": found.bytes,
         }
+        if arguments.get("totals"):
+            total, count = differences.measure(history, number, size, start, end)
+            return {**answer, "extents": count, "bytes": total}
+        found = differences.diff(history, number, size, start, end)
+        return {**answer, "extents": found.extents, "bytes": found.bytes}
 
     def _verify_result(self, arguments: dict[str, Any]) -> dict[str, Any]:
         volume = arguments["volume"]

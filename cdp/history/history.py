@@ -318,18 +318,18 @@ class History:
         return View(self, replica_fd, volume, seq, size, applied_seq)
 
     def changed_blocks(self, volume: int, after_seq: int, up_to_seq: int) -> tuple[Array, Array]:
-        """(first blocks, counts) of what was written in (after_seq, up_to_seq]."""
-        return changed_blocks(self.log, volume, after_seq, up_to_seq)
-
-    def changed(self, volume: int, after_seq: int, up_to_seq: int) -> list[tuple[int, int]]:
-        """(offset, length) of what was written in (after_seq, up_to_seq]; whole blocks, in order.
+        """(first blocks, counts) of what was written in (after_seq, up_to_seq], in order and apart.
 
         Raises StorageError when `after_seq` is not in the window.
         """
-        found = to_extents(*self.changed_blocks(volume, after_seq, up_to_seq))
+        found = changed_blocks(self.log, volume, after_seq, up_to_seq)
         if after_seq < self.oldest_seq:
             raise StorageError(f"Seq {after_seq} has left the window, which begins at seq {self.oldest_seq}.")
         return found
+
+    def changed(self, volume: int, after_seq: int, up_to_seq: int) -> list[tuple[int, int]]:
+        """The same as (offset, length): as many as there are."""
+        return to_extents(*self.changed_blocks(volume, after_seq, up_to_seq))
 
     def close(self) -> None:
         """Makes the index durable and lets go of everything. No view of it answers any more: close it before the

@@ -74,8 +74,9 @@ class Commands:
 
     def changed_since(self, volume: str, seq: int) -> tuple[int, int]:
         """(bytes, extents) of a volume that were written between a point and now."""
-        answer = self._replayer("diff", {"volume": volume, "from": f"seq:{seq}", "to": "now", "zone": "UTC"})
-        return _of(answer, "bytes", int), len(_of(answer, "extents", list))
+        arguments = {"volume": volume, "from": f"seq:{seq}", "to": "now", "zone": "UTC", "totals": True}
+        answer = self._replayer("diff", arguments)
+        return _of(answer, "bytes", int), _of(answer, "extents", int)
 
     def wait(self, group: str, seq: int, timeout_seconds: float = WAIT_SECONDS) -> bool:
         """Whether the replayer has applied a seq within that time."""
