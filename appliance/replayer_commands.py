@@ -7,7 +7,7 @@ from typing import Any
 
 from appliance.control import Done
 from cdp import storage
-from cdp.errors import CdpError, NotFoundError, RefusedError
+from cdp.errors import CdpError, NotFoundError, RefusedError, UnreachableError
 from cdp.history.history import History
 from cdp.history.timeline import Gap, Point, Timeline
 from cdp.history.view import View
@@ -159,9 +159,16 @@ class Commands:
         return {**answer, "extents": found.extents, "bytes": found.bytes}
 
     def _verify_result(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        volume = arguments["volume"]
+        volume, last_seq = arguments["volume"], int(arguments["last_seq"])
         replayer = self._group(self._volumes.get(volume, volume))
-        return {"mismatches": replayer.verify_result(volume, arguments["first_seq"], arguments["last_seq"])}
+        if replayer.applied.seq < last_seq:
+            # Who waited for it may have asked a process that was killed since: nothing found is no proof yet.
+            raise UnreachableError(
+                f"The replayer has not applied seq {last_seq} of {volume}: "
+                "what the VERIFY records up to there say is not known yet.",
+                "Wait for it, and ask again.",
+            )
+        return {"mismatches": replayer.verify_result(volume, int(arguments["first_seq"]), last_seq)}
 
     def _pin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """An owner has one pin: a process that was killed could not let it go, and the one after it pins anew."""

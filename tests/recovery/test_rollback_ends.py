@@ -198,3 +198,12 @@ def test_what_a_killed_run_had_pinned_is_let_go_at_the_end(scene):
     scene.run(jobs.load(scene.job_file))
     pins = scene.rig.services["replayer"].service._groups[scene.rig.GROUP].pins
     wait_for(lambda: not pins.seqs(), "nothing is pinned")  # the connections' own go when the server notices
+
+
+def test_what_is_not_replayed_yet_proves_nothing(scene):
+    """Promise 8: a replayer that was killed after it was waited for has forgotten what it had found."""
+    taken = scene.rig.command("collector", "verify", {"volume": "db"})
+    asked = {"volume": "db", "first_seq": taken["first_seq"], "last_seq": taken["last_seq"] + 1000}
+    with pytest.raises(UnreachableError, match="not applied"):
+        scene.rig.command("replayer", "verify_result", asked)
+    assert scene.rig.equal("db")
