@@ -155,7 +155,7 @@ class ApplyThread:
     def _follow_record(self, record: Record) -> None:
         self.course.follow(record)
         if record.kind == GAP and not record.flags & OPEN:
-            self.verifier.forget(record.volume)
+            self.verifier.forget(record.volume, record.seq)
 
     @staticmethod
     def _chain_at(position: Position, history: History) -> Chain | None:
