@@ -10,7 +10,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from cdp.history.undo_format import (
     Opening,
     mix_many,
 )
-from cdp.history.undo_segment import Descriptor, Segment, compress_meta
+from cdp.history.undo_segment import Descriptor, Segment, Written, compress_meta
 from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "UndoLog", "Written"]
@@ -46,16 +45,6 @@ _MAX_SEGMENT_ENTRIES = 1 << 18
 _MAX_SPARES = 8
 # Open files of one log (24 GiB of it); a read of another segment opens it again.
 _MAX_DESCRIPTORS = 384
-
-
-@dataclass(slots=True)
-class Written:
-    """A bundle that was written; `files` make it durable."""
-
-    bundle: Bundle
-    files: list[Descriptor]
-    folder: str | None
-    opening: bytes = b""  # of the last of `files`, when its segment begins with this bundle
 
 
 class UndoLog:
@@ -334,7 +323,10 @@ class UndoLog:
         if parts[0] or packed.codes:
             header = header_of(parts, packed, self.synced_seq)
             self._begin(header.first_seq, old, close=False)
-            self.sync(self._write(header, parts, packed))
+            written = self._write(header, parts, packed)
+            # First what is kept: the opening, which `sync` writes, takes it away from the old segment.
+            storage.fdatasync(written.files[-1].fd)
+            self.sync(written)
         else:
             _, file = self._begin(committed_seq + 1, old, close=False)
             self.sync(Written(bundle, [file], self.folder, self._opening))
