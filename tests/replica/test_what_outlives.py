@@ -68,3 +68,22 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         with pytest.raises(RefusedError, match="left the window") as refused:  # before a rollback begins with it
             replayer.pin(target)
         assert refused.value.code == "expired" and not replayer.pins.seqs()
+
+
+def test_a_power_cut_may_take_the_growth_of_a_replica_whose_undo_it_left(tmp_path: Path) -> None:
+    """Promise 5: the undo of writes beyond the committed size is durable, the file's new length is not."""
+    with rig(tmp_path, {"db": SIZE}) as r:
+        r.feed.write(1, 0, b"a" * SIZE)
+        r.caught_up().stop()
+        committed = (tmp_path / "replayer" / "committed").read_bytes()
+        r.start()
+        r.feed.volume(1, "db", 2 * SIZE)
+        r.feed.write(1, SIZE - 4096, b"b" * 12288)
+        last = r.feed.flush()
+        r.caught_up().stop()
+        (tmp_path / "replayer" / "committed").write_bytes(committed)
+        os.truncate(tmp_path / "replayer" / "replica" / "db.raw", SIZE)
+        replayer = r.start()
+        assert replayer.wait_applied(last, WAIT_SECONDS), replayer.reason
+        r.check_every_point()
+        assert r.replica("db") == r.feed.model[last][1]
