@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history import retention
-from cdp.history.blobs import AnyExtent, Buffer, Extent
+from cdp.history.blobs import AnyExtent, Extent
 from cdp.history.changed import changed_blocks, to_extents
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, Position, keys_of, position_put, puts_of, read_position, volumes_with_runs
@@ -27,8 +27,9 @@ from cdp.history.timeline import Timeline
 from cdp.history.timeline_rows import TimelineWriter
 from cdp.history.touched import Touched
 from cdp.history.undo import UndoLog, Written
-from cdp.history.undo_format import BLOCK_BYTES, BLOCK_MASK, RUN_BIT, VOLUME_SHIFT, Array, Bundle
+from cdp.history.undo_format import BLOCK_BYTES, RUN_BIT, VOLUME_SHIFT, Array, Bundle
 from cdp.history.view import View
+from cdp.history.way_back import Step, extents_back
 from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "History", "Pending", "Retained"]
@@ -94,43 +95,28 @@ class History:
     # --- starting again
 
     def recover(self, committed_seq: int) -> Iterator[Extent]:
-        """What must be written to the replica for it to be at `committed_seq`, each block once.
+        """What must be written to the replica, in this order, for it to be at `committed_seq`.
 
         Verifies the tail first: above what is known to be durable a torn bundle is where the log ends; below it,
         CorruptionError.
         """
         self._check_reaches(committed_seq)
-        first: dict[int, tuple[int, int, Place]] = {}
-        for bundle in self._sound_tail(committed_seq):
-            for code, seq, offset, crc, length in bundle.rows.tolist():
-                if seq > committed_seq:
-                    _note_first(first, code, seq, Place(bundle.ordinal, offset, crc, length))
-        fetch = Fetcher(self.log)
-        runs: dict[tuple[int, int], list[Buffer | None]] = {}
-        for code in sorted(first):
-            entry, seq, place = first[code]
-            if entry & RUN_BIT:
-                if (entry, seq) not in runs:
-                    runs.clear()  # blocks come in order: one run at a time is enough
-                    runs[entry, seq] = fetch.whole(entry, seq, place)
-                before = runs[entry, seq][(code & BLOCK_MASK) - (entry & BLOCK_MASK)]
-            else:
-                before = fetch.block(entry, seq, place)
-            yield Extent(code >> VOLUME_SHIFT, code & BLOCK_MASK, 1, seq, before)
+        steps = [Step.of(bundle) for bundle in self._sound_tail(committed_seq)]
+        yield from extents_back(self.log, steps, committed_seq)
 
     def cut(self, committed_seq: int) -> None:
         """To be called once the replica is durable at `committed_seq`: what is above is gone, the index is whole."""
         self._check_reaches(committed_seq)
         bundles = self._sound_tail(committed_seq)
         if (first := next(bundles, None)) is not None:
-            gone = keys_of(first.rows["code"], first.rows["seq"])
-            for bundle in bundles:
-                gone += keys_of(bundle.rows["code"], bundle.rows["seq"])
             # The index first, and durably: it may say less than the log, never more.
             position = read_position(self.entries)
             if position is not None and position[:2] > (first.ordinal, first.start):
                 position = Position(first.ordinal, first.start, committed_seq)
-            self.entries.write([position_put(position)] if position is not None else [], gone)
+            puts = [position_put(position)] if position is not None else []
+            self.entries.write(puts, keys_of(first.rows["code"], first.rows["seq"]))
+            for bundle in bundles:
+                self.entries.write((), keys_of(bundle.rows["code"], bundle.rows["seq"]))
             self._rows.cut(min(committed_seq, first.header.first_seq - 1))
             self.entries.flush()
             self.log.cut(first, committed_seq)
@@ -337,14 +323,6 @@ class History:
         self.closed = True
         self.entries.close()
         self.log.close()
-
-
-def _note_first(first: dict[int, tuple[int, int, Place]], code: int, seq: int, place: Place) -> None:
-    """Keeps for each block of an entry the smallest seq. Keys are codes of single blocks."""
-    single = code & ~RUN_BIT
-    for block in range(single, single + (16 if code & RUN_BIT else 1)):
-        if block not in first or seq < first[block][1]:
-            first[block] = (code, seq, place)
 
 
 assert BLOCK_BYTES == storage.PAGE_BYTES
