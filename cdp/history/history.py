@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from cdp import storage
@@ -36,6 +37,7 @@ __all__ = ["Extent", "History", "Pending", "Retained"]
 
 log = logging.getLogger(__name__)
 Raw = bytes  # the name is a property here
+_NO_MORE: AbstractContextManager[Iterable[int]] = nullcontext(())
 
 
 def whole_seq(bundle: Bundle) -> int:
@@ -210,26 +212,29 @@ class History:
     # --- retention
 
     def retain(
-        self, window_ns: int | None, window_bytes: int | None, pins: Iterable[int], now_ns: int
-    ) -> Retained:
+        self, window_ns: int | None, window_bytes: int | None, pins: Iterable[int], now_ns: int,
+        still: AbstractContextManager[Iterable[int]] = _NO_MORE,
+    ) -> Retained:  # fmt: skip
         """Drops the oldest segments that neither the window nor a pin needs. None: no such limit.
 
-        The replica's committed seq must be among the pins: putting it back needs every entry after that.
+        The replica's committed seq must be among the pins: putting it back needs every entry after that. `still`
+        gives more of them, and lets nobody add one while it is decided what goes.
         """
         facts = [
             retention.SegmentFacts(s.ordinal, s.last_seq, s.last_order_ns, s.file_bytes)
             for s in self.log.segments.values()
         ]
         other = self.bytes - sum(f.bytes for f in facts)
-        wanted = retention.decide(facts, window_ns, window_bytes, pins, now_ns, other)
+        with still as more:
+            wanted = retention.decide(facts, window_ns, window_bytes, [*pins, *more], now_ns, other)
+            self.oldest_seq = max(self.oldest_seq, wanted.oldest_seq or 0)
         freed = sum(f.bytes for f in facts if f.ordinal in set(wanted.drop))
-        if wanted.oldest_seq is not None:
-            self._drop(wanted.drop, wanted.oldest_seq)
+        if wanted.drop:
+            self._write_oldest()
+            self._drop(wanted.drop)
         return Retained(self.oldest_seq, len(wanted.drop), freed, self._is_short(window_ns, now_ns), wanted.pinned)
 
-    def _drop(self, ordinals: Sequence[int], oldest_seq: int) -> None:
-        self.oldest_seq = max(self.oldest_seq, oldest_seq)
-        self._write_oldest()
+    def _drop(self, ordinals: Sequence[int]) -> None:
         self._rows.expire(self.oldest_seq)
         if ordinals[-1] >= self._flushed_ordinal and (newest := self.log.newest) is not None:
             # Names of bookmarks must outlive the segments that say them.

@@ -294,8 +294,8 @@ class ApplyThread:
         # What is above the committed seq is what a restart puts the replica back with: no window may take it.
         # An unfinished rollback needs its target although the pins of its process may have ended.
         targets = self.history.timeline.unfinished_targets()
-        pins = [*self._pins.seqs(), *targets, committer.position.seq]
-        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
+        pins, still = [*targets, committer.position.seq], self._pins.still()
+        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns, still)
         self.window_short = kept.short
         if kept.dropped:
             with self.condition:

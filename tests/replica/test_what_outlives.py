@@ -7,10 +7,12 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from cdp.errors import RefusedError
+from cdp.history import retention
 from cdp.journal import batch as fmt
 from tests.replica.helpers import WAIT_SECONDS, rig
 
@@ -68,6 +70,38 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         with pytest.raises(RefusedError, match="left the window") as refused:  # before a rollback begins with it
             replayer.pin(target)
         assert refused.value.code == "expired" and not replayer.pins.seqs()
+
+
+def test_a_pin_that_comes_while_it_is_decided_what_goes_is_kept_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 7: nobody is told that a point is pinned which leaves the window in that moment."""
+    outcome: list[object] = []
+
+    def pin() -> None:
+        try:
+            outcome.append(r.replayer.pin(1))
+        except RefusedError as e:
+            outcome.append(e.code)
+
+    pinning, decide = Thread(target=pin), retention.decide
+
+    def deciding(*arguments: object) -> retention.Decision:
+        wanted = decide(*arguments)  # type: ignore[arg-type]
+        if wanted.drop and pinning.ident is None:
+            pinning.start()
+            pinning.join(1.0)  # it ends at once where nothing holds it up
+        return wanted
+
+    with rig(tmp_path, {"db": SIZE}, window_bytes=1, segment_bytes=1 << 16) as r:
+        monkeypatch.setattr(retention, "decide", deciding)
+        for _ in range(8):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.caught_up()
+        with r.replayer._work.condition:
+            assert r.replayer._work.condition.wait_for(lambda: r.replayer.history.oldest_seq > 1, WAIT_SECONDS)
+        pinning.join(WAIT_SECONDS)
+        assert outcome == ["expired"]
 
 
 def test_a_power_cut_may_take_the_growth_of_a_replica_whose_undo_it_left(tmp_path: Path) -> None:
