@@ -63,6 +63,7 @@ class Replayer:
         returns.
         """
         self.stop()
+        self.pins = Pins()  # those of the old history hold nothing any more
         old = restart.position_before_reset(self.folder, self.volumes)
         position_file.store(self.folder, restart.position_after_reset(old, after_seq))
         self.start()

@@ -72,6 +72,22 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         assert refused.value.code == "expired" and not replayer.pins.seqs()
 
 
+def test_a_pin_of_a_history_that_was_reset_holds_nothing_of_the_new_one(tmp_path: Path) -> None:
+    """Promise 9: a client that stays connected to what is gone must not keep the window open for ever."""
+    with rig(tmp_path, {"db": SIZE}, window_bytes=1, segment_bytes=1 << 16) as r:
+        held = r.replayer.pin(1)
+        behind = r.feed.flush()
+        r.caught_up().reset_history(behind)
+        r.feed.volume(1, "db", SIZE)
+        for _ in range(8):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.caught_up()
+        work = r.replayer._work
+        with work.condition:
+            assert work.condition.wait_for(lambda: r.replayer.history.oldest_seq > behind + 1, WAIT_SECONDS)
+        held.release()
+
+
 def test_a_pin_that_comes_while_it_is_decided_what_goes_is_kept_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
