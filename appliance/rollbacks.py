@@ -149,11 +149,11 @@ class RollbackJobs:
     # --- processes
 
     async def resume_when_ready(self) -> None:
-        """Every unfinished job goes on, once the replayer serves."""
+        """Every unfinished job goes on, once the replayer serves; not those that somebody has given a direction."""
         await self._supervisor.ready.wait()
         for number in self._numbers():
             try:
-                if self._load(number).active:
+                if number not in self._runs and self._load(number).active:
                     log.info("the rollback %s was interrupted and goes on", number)
                     self._start(number, None)
             except CdpError as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from appliance import rollbacks
 from appliance.rollbacks import RollbackJobs
 from appliance.supervisor import Supervisor
 from cdp.config import load
+from cdp.recovery import job as job_file
+from cdp.recovery.job import Job
 from tests.support.running import Appliance
 
 
@@ -27,3 +30,40 @@ def test_one_that_dies_before_it_reads_its_settings_is_only_an_end(
         return await jobs._live("1", rollbacks._Run(), None)
 
     assert asyncio.run(live()) == 0
+
+
+def with_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: Callable[[RollbackJobs, Supervisor], Awaitable[None]]
+) -> Path:
+    """Runs `test` over one unfinished job, whose processes only note their direction; the file that says them."""
+    made = Appliance(tmp_path / "x", {"db": 1 << 20})
+    made.write_config()
+    monkeypatch.setattr(rollbacks, "MODULE", "tests.appliance.noting_child")
+    folder = made.folder / "state" / "replayer" / "rollbacks"
+
+    async def live() -> None:
+        supervisor = Supervisor("replayer", "this", {})
+        jobs = RollbackJobs(load(str(made.config)), supervisor)
+        job_file.save(str(folder / "1.json"), Job("db", ["db"], 1, 1, "seq:1", "secret", False, 1))
+        try:
+            await test(jobs, supervisor)
+        finally:
+            await jobs.stop()
+
+    asyncio.run(live())
+    return folder / "1.json.directions"
+
+
+def test_an_undo_that_was_asked_for_before_the_replayer_was_ready_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 7: what goes on by itself at a start must not take the place of what a person said meanwhile."""
+
+    async def test(jobs: RollbackJobs, supervisor: Supervisor) -> None:
+        jobs.act("1", "undo")
+        await jobs.watch("1", 30.0)
+        supervisor.ready.set()
+        await jobs.resume_when_ready()
+        await jobs.watch("1", 30.0)
+
+    assert with_jobs(tmp_path, monkeypatch, test).read_text().split() == ["undo"]
