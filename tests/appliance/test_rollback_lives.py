@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from appliance import rollbacks
 from appliance.rollbacks import RollbackJobs
 from appliance.supervisor import Supervisor
 from cdp.config import load
+from cdp.errors import UnreachableError
 from cdp.recovery import job as job_file
 from cdp.recovery.job import Job
 from tests.support.running import Appliance
@@ -67,3 +69,36 @@ def test_an_undo_that_was_asked_for_before_the_replayer_was_ready_stays_one(
         await jobs.watch("1", 30.0)
 
     assert with_jobs(tmp_path, monkeypatch, test).read_text().split() == ["undo"]
+
+
+def test_no_rollback_begins_while_the_parent_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are answered to the end: what one begins then nobody would stop, and nobody would be told of."""
+
+    async def test(jobs: RollbackJobs, supervisor: Supervisor) -> None:
+        jobs.act("1", "resume")
+        stopping = asyncio.create_task(jobs.stop())
+        await asyncio.sleep(0)  # it is at its first process now
+        request = {
+            "group": "db", "volumes": ["db"], "target_seq": 1, "target_time_ns": 1, "expression": "seq:1",
+            "disconnect": False,
+        }  # fmt: skip
+        for call in (partial(jobs.begin, request), partial(jobs.act, "1", "undo")):
+            with pytest.raises(UnreachableError, match="stopping"):
+                call()
+        await stopping
+
+    with_jobs(tmp_path, monkeypatch, test)
+
+
+def test_of_a_rollback_that_is_forgotten_no_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollbacks, "MAX_KEPT", 1)
+
+    async def test(jobs: RollbackJobs, supervisor: Supervisor) -> None:
+        for number in ("1", "2", "3"):
+            job = Job("db", ["db"], 1, 1, "seq:1", "secret", False, 1, step=job_file.DONE)
+            job_file.save(jobs._path(number), job)
+            Path(jobs._path(number) + ".lock").touch()
+        jobs._forget_old()
+        assert not list(Path(jobs._folder).iterdir())
+
+    with_jobs(tmp_path, monkeypatch, test)
