@@ -125,7 +125,7 @@ class Commands:
                 return {"oldest": None, "newest": None, "bookmarks": [], "barriers": [], "gaps": []}
             first_seq = found
         gaps = timeline.gaps(number)
-        barriers = [p for p in timeline.barriers(number, int(arguments["limit"])) if not _withheld(p.seq, gaps)]
+        barriers = timeline.barriers(number, int(arguments["limit"]), gaps)
         return {
             "oldest": plain(_not_before(timeline, timeline.oldest(), first_seq)),
             "newest": plain(timeline.newest()),
@@ -216,10 +216,6 @@ class Commands:
 
         seconds = min(float(arguments["timeout_seconds"]), MAX_WAIT_SECONDS)
         self._worker.submit(answer, replayer.wait_applied, int(arguments["seq"]), seconds)
-
-
-def _withheld(seq: int, gaps: list[Gap]) -> bool:
-    return any(g.from_seq <= seq and (g.to_seq is None or seq < g.to_seq) for g in gaps)
 
 
 def _not_before(timeline: Timeline, point: Point | None, seq: int) -> Point | None:

@@ -207,3 +207,10 @@ def test_what_is_not_replayed_yet_proves_nothing(scene):
     with pytest.raises(UnreachableError, match="not applied"):
         scene.rig.command("replayer", "verify_result", asked)
     assert scene.rig.equal("db")
+
+
+def test_the_flushes_of_a_copy_hide_no_barrier_of_a_guest(scene):
+    """A list of a few barriers after a rollback that flushed more often than that."""
+    job = scene.run()
+    listed = scene.rig.command("replayer", "points", {"name": "db", "limit": 1})
+    assert [point["seq"] < job.begin["seq"] for point in listed["barriers"]] == [True]
