@@ -125,6 +125,7 @@ class History:
         elif self._torn is not None:
             self.log.cut(self._torn, committed_seq)
         self._torn = None
+        self.log.free_left()
         self._catch_up()
         if not self._begun and not self.log.segments:
             self.oldest_seq = self._origin_seq = committed_seq

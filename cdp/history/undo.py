@@ -147,19 +147,22 @@ class UndoLog:
 
     def _load(self) -> None:
         found: dict[int, Segment] = {}
-        self._spares = []
+        self._spares: list[str] = []
+        self._left: set[str] = set()  # files that are no part of the log: a kill came before they were begun, or freed
         for name in sorted(storage.listdir(self.folder)):
             path = os.path.join(self.folder, name)
             if name.startswith("spare-"):
                 self._spares.append(path)
             elif (match := _NAME.fullmatch(name)) is not None:
                 self._next_ordinal = max(self._next_ordinal, int(match[2]) + 1)
+                self._left.add(path)
                 file = Descriptor(path, os.O_RDONLY)
                 opening = Opening.parse(storage.pread(file.fd, PAGE_BYTES, 0))
                 if opening is not None and opening.ordinal == int(match[2]):
                     found[opening.ordinal] = Segment(path, opening)
         self._spare_bytes = sum(storage.stat(path).st_size for path in self._spares)
         self._link(found)
+        self._left -= {segment.path for segment in self.segments.values()}
 
     def _link(self, found: dict[int, Segment]) -> None:
         """Follows the segments back from the newest: each says which one it continues, and where that one ended."""
@@ -293,6 +296,11 @@ class UndoLog:
         storage.rename(path, spare)
         self._spares.append(spare)
         self._spare_bytes += storage.stat(spare).st_size
+
+    def free_left(self) -> None:
+        """To be called when a start has found what it needs: the files that an earlier life left behind go."""
+        while self._left:
+            self._free(self._left.pop())
 
     def give_back(self) -> None:
         """Removes what is kept to be recycled: on a full disk the segment that is being written needs the space."""
