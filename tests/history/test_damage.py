@@ -160,6 +160,18 @@ def test_an_index_that_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
     group.close()
 
 
+def test_an_index_that_cannot_be_written_down_does_not_keep_its_history_open(tmp_path: Path) -> None:
+    """A reset is the way out of damage, and begins with letting go of what is damaged."""
+    group = filled(tmp_path)
+    committed = group.history.applied_seq
+    shutil.rmtree(tmp_path / "history" / "index")
+    group.history.close()
+    group.history = group.open()
+    group.put_back(committed)
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    group.close()
+
+
 def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
     """Promise 6: a reader that holds on to a dropped segment gets EIO, whatever stands in its file by then."""
     group = filled(tmp_path, 1 << 16)
