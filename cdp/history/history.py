@@ -40,6 +40,8 @@ Raw = bytes  # the name is a property here
 # Segments whose rows are removed from the index by one write: a window that is made shorter, or a pin that held it
 # for days, frees thousands of them in one round.
 _DROPPED_AT_ONCE = 8
+# What is kept to be recycled counts as history, so it may take this part of a window that is limited by size.
+_SPARE_PART = 8
 _NO_MORE: AbstractContextManager[Iterable[int]] = nullcontext(())
 
 
@@ -228,6 +230,8 @@ class History:
             retention.SegmentFacts(s.ordinal, s.last_seq, s.last_order_ns, s.file_bytes)
             for s in self.log.segments.values()
         ]
+        if window_bytes is not None:
+            self.log.give_back(window_bytes // _SPARE_PART)
         other = self.bytes - sum(f.bytes for f in facts)
         with still as more:
             wanted = retention.decide(facts, window_ns, window_bytes, [*pins, *more], now_ns, other)

@@ -302,9 +302,9 @@ class UndoLog:
         while self._left:
             self._free(self._left.pop())
 
-    def give_back(self) -> None:
-        """Removes what is kept to be recycled: on a full disk the segment that is being written needs the space."""
-        while self._spares:
+    def give_back(self, kept_bytes: int = 0) -> None:
+        """Removes what is kept to be recycled beyond that: on a full disk the segment being written needs the space."""
+        while self._spares and self._spare_bytes > kept_bytes:
             self._spare_bytes -= storage.stat(self._spares[-1]).st_size
             storage.unlink(self._spares.pop())
 
