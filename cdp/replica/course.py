@@ -52,7 +52,8 @@ class Course:
     def follow(self, record: Record) -> None:
         """Takes a record of a kind in FOLLOWED. Raises CorruptionError."""
         if record.kind == RESIZE:
-            self.names[str(bytes(record.data), "utf-8", "replace")] = record.volume
+            name = str(bytes(record.data), "utf-8", "replace")
+            self.names = {**self.names, name: record.volume}  # other threads go through the one they have
         elif record.kind == GAP:
             self._follow_gap(record)
         elif record.kind == ROLLBACK_BEGIN:
