@@ -105,10 +105,12 @@ class Rollback:
 
     def run(self) -> Job:
         """Goes on from wherever the job is, to its end. Raises CdpError, Stopped."""
-        self._save()
-        self._last_ok_ns = storage.monotonic_ns()
+        self._last_ok_ns, saved = storage.monotonic_ns(), False
         while self.job.active:
             try:
+                if not saved:
+                    self._save()
+                    saved = True
                 if not self._attached and self.job.step in (BEGIN, WAIT, COPY, PROVE):
                     self._attach()
                 self._enter(self._steps[self.job.step]())

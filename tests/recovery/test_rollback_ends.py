@@ -214,3 +214,18 @@ def test_the_flushes_of_a_copy_hide_no_barrier_of_a_guest(scene):
     job = scene.run()
     listed = scene.rig.command("replayer", "points", {"name": "db", "limit": 1})
     assert [point["seq"] < job.begin["seq"] for point in listed["barriers"]] == [True]
+
+
+def test_a_disk_that_is_full_at_its_start_is_waited_for(scene, monkeypatch):
+    """As at any later step: what may pass ends nobody's rollback."""
+    save, failures = jobs.save, [True, True]
+
+    def soon(path: str, job: jobs.Job) -> None:
+        if failures:
+            failures.pop()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, job)
+
+    monkeypatch.setattr(jobs, "save", soon)
+    scene.run()
+    assert not failures and scene.now("db") == scene.good["db"]
