@@ -141,6 +141,9 @@ class Replayer:
             raise RefusedError(f"Seq {seq} is before the window, which begins at {history.oldest_seq}.", code="expired")
         if volume in work.course.awaited:
             raise RefusedError(f"{volume} is being resynced: points are offered from its end.", code="in_gap")
+        if seq < (whole_from := work.course.whole_from.get(volume, 0)):
+            text = f"{volume} was being resynced at seq {seq}: its points begin at {whole_from}."
+            raise RefusedError(text, "Choose a younger point.", code="in_gap")
         size = history.timeline.size_at(number, seq)
         if size is None:
             raise RefusedError(f"Volume {volume} did not exist yet at seq {seq}.", code="outside_window")
