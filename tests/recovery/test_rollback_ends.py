@@ -17,6 +17,7 @@ from cdp.recovery import job as jobs
 from cdp.recovery.copying import Copier
 from cdp.recovery.job import COPY, DONE, END, PROVE, UNDO, UNLOCK
 from cdp.recovery.rollback import Progress, Rollback
+from tests.model.in_process import InProcessRig
 from tests.recovery.test_rollback import SIZE, Killed, Scene
 from tests.support.running import wait_for
 
@@ -229,3 +230,16 @@ def test_a_disk_that_is_full_at_its_start_is_waited_for(scene, monkeypatch):
     monkeypatch.setattr(jobs, "save", soon)
     scene.run()
     assert not failures and scene.now("db") == scene.good["db"]
+
+
+def test_a_disk_with_data_has_no_point_from_before_it_was_protected(tmp_path):
+    """Promise 8: at the record that names it the replica is empty, which the disk never was."""
+    content = os.urandom(SIZE)
+    (tmp_path / "db.raw").write_bytes(content)
+    rig = InProcessRig(tmp_path, {"db": SIZE})
+    try:
+        end = rig.bookmark("whole")
+        points = [rig.read("db", seq) for seq in range(1, end + 1)]
+        assert points[-1] == content and set(points) == {content, None}
+    finally:
+        rig.close()
