@@ -7,7 +7,7 @@ from typing import Any
 
 from appliance.control import Done
 from cdp import storage
-from cdp.errors import CdpError, NotFoundError, RefusedError
+from cdp.errors import CdpError, NotFoundError, RefusedError, UnreachableError
 from cdp.history.history import History
 from cdp.history.timeline import Gap, Point, Timeline
 from cdp.history.view import View
@@ -50,8 +50,7 @@ class Commands:
 
     def __init__(self, groups: dict[str, Replayer], volumes: dict[str, str]) -> None:
         self._groups, self._volumes = groups, volumes
-        self._pins: dict[int, Pin] = {}
-        self._next_pin = 0
+        self._pins: dict[str, Pin] = {}
         self._waits = 0
         self._worker: storage.Worker | None = None
         self._table: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -126,7 +125,7 @@ class Commands:
                 return {"oldest": None, "newest": None, "bookmarks": [], "barriers": [], "gaps": []}
             first_seq = found
         gaps = timeline.gaps(number)
-        barriers = [p for p in timeline.barriers(number, int(arguments["limit"])) if not _withheld(p.seq, gaps)]
+        barriers = timeline.barriers(number, int(arguments["limit"]), gaps)
         return {
             "oldest": plain(_not_before(timeline, timeline.oldest(), first_seq)),
             "newest": plain(timeline.newest()),
@@ -140,7 +139,8 @@ class Commands:
         return {"seq": found.seq, "time_ns": found.time_ns, "zone": found.zone, "asked_ns": found.asked_ns}
 
     def _diff(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Between two points; `to` missing: the newest applied. Extents are [offset, length]."""
+        """Between two points; `to` missing: the newest applied. Extents are [offset, length]; with `totals` only their
+        number."""
         name = arguments["volume"]
         start = self._resolved(arguments, name, arguments["from"])
         end = self._resolved(arguments, name, arguments.get("to", "now"))
@@ -148,28 +148,40 @@ class Commands:
         number = self._number(history.timeline, name)
         assert number is not None  # `name` was resolved as a volume
         size = max(history.timeline.size_at(number, point.seq) or 0 for point in (start, end))
-        found = differences.diff(history, number, size, start, end)
-        return {
+        answer = {
             "from": {"seq": start.seq, "time_ns": start.time_ns},
             "to": {"seq": end.seq, "time_ns": end.time_ns},
-            "extents": found.extents,
-            "bytes": found.bytes,
         }
+        if arguments.get("totals"):
+            total, count = differences.measure(history, number, size, start, end)
+            return {**answer, "extents": count, "bytes": total}
+        found = differences.diff(history, number, size, start, end)
+        return {**answer, "extents": found.extents, "bytes": found.bytes}
 
     def _verify_result(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        volume = arguments["volume"]
+        volume, last_seq = arguments["volume"], int(arguments["last_seq"])
         replayer = self._group(self._volumes.get(volume, volume))
-        return {"mismatches": replayer.verify_result(volume, arguments["first_seq"], arguments["last_seq"])}
+        if replayer.applied.seq < last_seq:
+            # Who waited for it may have asked a process that was killed since: nothing found is no proof yet.
+            raise UnreachableError(
+                f"The replayer has not applied seq {last_seq} of {volume}: "
+                "what the VERIFY records up to there say is not known yet.",
+                "Wait for it, and ask again.",
+            )
+        return {"mismatches": replayer.verify_result(volume, int(arguments["first_seq"]), last_seq)}
 
     def _pin(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if len(self._pins) >= MAX_PINS:
+        """An owner has one pin: a process that was killed could not let it go, and the one after it pins anew."""
+        owner = str(arguments["owner"])
+        if owner not in self._pins and len(self._pins) >= MAX_PINS:
             raise RefusedError(f"There are {MAX_PINS} pins already.", "End a rollback or an export.", code="busy")
-        self._next_pin += 1
-        self._pins[self._next_pin] = self._group(arguments["group"]).pin(arguments["seq"])
-        return {"pin": self._next_pin}
+        pin = self._group(arguments["group"]).pin(arguments["seq"], owner)
+        self._unpin(arguments)
+        self._pins[owner] = pin
+        return {}
 
     def _unpin(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        pin = self._pins.pop(arguments["pin"], None)
+        pin = self._pins.pop(str(arguments["owner"]), None)
         if pin is not None:
             pin.release()
         return {}
@@ -204,10 +216,6 @@ class Commands:
 
         seconds = min(float(arguments["timeout_seconds"]), MAX_WAIT_SECONDS)
         self._worker.submit(answer, replayer.wait_applied, int(arguments["seq"]), seconds)
-
-
-def _withheld(seq: int, gaps: list[Gap]) -> bool:
-    return any(g.from_seq <= seq and (g.to_seq is None or seq < g.to_seq) for g in gaps)
 
 
 def _not_before(timeline: Timeline, point: Point | None, seq: int) -> Point | None:

@@ -23,7 +23,7 @@ from appliance.settings import rollback_settings
 from appliance.supervisor import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, Supervisor, environment
 from cdp import storage
 from cdp.config import Config
-from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, UsageError, from_dict
+from cdp.errors import CdpError, NotFoundError, RefusedError, StorageError, UnreachableError, UsageError, from_dict
 from cdp.recovery import job as job_file
 from cdp.recovery.job import ABANDON, FORWARD, UNDO, Job
 
@@ -59,6 +59,7 @@ class RollbackJobs:
         self._supervisor = supervisor
         self._folder = os.path.join(paths.folder(config.appliance.state_dir, paths.REPLAYER), paths.ROLLBACKS)
         self._runs: dict[str, _Run] = {}
+        self._stopping = False
         storage.makedirs(self._folder, mode=0o700, exist_ok=True)
 
     # --- for the API
@@ -87,6 +88,7 @@ class RollbackJobs:
 
     def begin(self, request: dict[str, Any]) -> dict[str, Any]:
         """Starts a job of `{"group", "volumes", "target_seq", "target_time_ns", "expression", "disconnect"}`."""
+        self._refuse_stopping()
         volumes = list(request["volumes"])
         self._refuse_overlap(volumes)
         job = Job(
@@ -104,12 +106,17 @@ class RollbackJobs:
         """`resume`, `undo` or `abandon` of an unfinished job."""
         if action not in ACTIONS:
             raise UsageError(f"{action!r} is nothing a rollback can do.", f"It can: {', '.join(ACTIONS)}.")
+        self._refuse_stopping()
         job = self._load(number)
         if not job.active:
             raise RefusedError(f"The rollback {number} has ended.", "Start a new one.", code="busy")
         if action != "resume" or not self.job(number)["running"]:
             self._start(number, ACTIONS[action])
         return self.job(number)
+
+    def _refuse_stopping(self) -> None:
+        if self._stopping:
+            raise UnreachableError("The replayer is stopping.", "Try again when it runs.")
 
     def _refuse_overlap(self, volumes: list[str]) -> None:
         known = {volume.name for _, volume in self._config.volumes()}
@@ -143,17 +150,19 @@ class RollbackJobs:
     def _forget_old(self) -> None:
         ended = [n for n in self._numbers() if not self._load(n).active]
         for number in ended[: max(0, len(ended) - MAX_KEPT + 1)]:
-            storage.unlink(self._path(number))
+            for path in (self._path(number) + ".lock", self._path(number)):
+                with contextlib.suppress(FileNotFoundError):
+                    storage.unlink(path)
             self._runs.pop(number, None)
 
     # --- processes
 
     async def resume_when_ready(self) -> None:
-        """Every unfinished job goes on, once the replayer serves."""
+        """Every unfinished job goes on, once the replayer serves; not those that somebody has given a direction."""
         await self._supervisor.ready.wait()
         for number in self._numbers():
             try:
-                if self._load(number).active:
+                if number not in self._runs and self._load(number).active:
                     log.info("the rollback %s was interrupted and goes on", number)
                     self._start(number, None)
             except CdpError as e:
@@ -222,5 +231,6 @@ class RollbackJobs:
 
     async def stop(self) -> None:
         """Ends the processes; unfinished jobs go on at the next start."""
+        self._stopping = True
         for run in self._runs.values():
             await self._end(run)

@@ -103,7 +103,7 @@ def _begin(
 def _ask(found: Plan, as_json: bool) -> None:
     console = err if as_json else out
     answer = ""
-    if sys.stdin.isatty() or not as_json:
+    if sys.stdin is not None and (sys.stdin.isatty() or not as_json):  # None: it is closed
         console.print(f"Roll {' and '.join(found.volumes)} back? \\[y/N] ", end="")
         answer = sys.stdin.readline()
         if not answer.endswith("\n"):  # nobody there who could type one

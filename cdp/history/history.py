@@ -13,12 +13,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history import retention
-from cdp.history.blobs import AnyExtent, Buffer, Extent
+from cdp.history.blobs import AnyExtent, Extent
 from cdp.history.changed import changed_blocks, to_extents
 from cdp.history.fetch import Fetcher
 from cdp.history.index import Place, Position, keys_of, position_put, puts_of, read_position, volumes_with_runs
@@ -27,14 +28,21 @@ from cdp.history.timeline import Timeline
 from cdp.history.timeline_rows import TimelineWriter
 from cdp.history.touched import Touched
 from cdp.history.undo import UndoLog, Written
-from cdp.history.undo_format import BLOCK_BYTES, BLOCK_MASK, RUN_BIT, VOLUME_SHIFT, Array, Bundle
+from cdp.history.undo_format import BLOCK_BYTES, RUN_BIT, VOLUME_SHIFT, Array, Bundle
 from cdp.history.view import View
+from cdp.history.way_back import Step, extents_back
 from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "History", "Pending", "Retained"]
 
 log = logging.getLogger(__name__)
 Raw = bytes  # the name is a property here
+# Segments whose rows are removed from the index by one write: a window that is made shorter, or a pin that held it
+# for days, frees thousands of them in one round.
+_DROPPED_AT_ONCE = 8
+# What is kept to be recycled counts as history, so it may take this part of a window that is limited by size.
+_SPARE_PART = 8
+_NO_MORE: AbstractContextManager[Iterable[int]] = nullcontext(())
 
 
 def whole_seq(bundle: Bundle) -> int:
@@ -94,49 +102,35 @@ class History:
     # --- starting again
 
     def recover(self, committed_seq: int) -> Iterator[Extent]:
-        """What must be written to the replica for it to be at `committed_seq`, each block once.
+        """What must be written to the replica, in this order, for it to be at `committed_seq`.
 
         Verifies the tail first: above what is known to be durable a torn bundle is where the log ends; below it,
         CorruptionError.
         """
         self._check_reaches(committed_seq)
-        first: dict[int, tuple[int, int, Place]] = {}
-        for bundle in self._sound_tail(committed_seq):
-            for code, seq, offset, crc, length in bundle.rows.tolist():
-                if seq > committed_seq:
-                    _note_first(first, code, seq, Place(bundle.ordinal, offset, crc, length))
-        fetch = Fetcher(self.log)
-        runs: dict[tuple[int, int], list[Buffer | None]] = {}
-        for code in sorted(first):
-            entry, seq, place = first[code]
-            if entry & RUN_BIT:
-                if (entry, seq) not in runs:
-                    runs.clear()  # blocks come in order: one run at a time is enough
-                    runs[entry, seq] = fetch.whole(entry, seq, place)
-                before = runs[entry, seq][(code & BLOCK_MASK) - (entry & BLOCK_MASK)]
-            else:
-                before = fetch.block(entry, seq, place)
-            yield Extent(code >> VOLUME_SHIFT, code & BLOCK_MASK, 1, seq, before)
+        steps = [Step.of(bundle) for bundle in self._sound_tail(committed_seq)]
+        yield from extents_back(self.log, steps, committed_seq)
 
     def cut(self, committed_seq: int) -> None:
         """To be called once the replica is durable at `committed_seq`: what is above is gone, the index is whole."""
         self._check_reaches(committed_seq)
         bundles = self._sound_tail(committed_seq)
         if (first := next(bundles, None)) is not None:
-            gone = keys_of(first.rows["code"], first.rows["seq"])
-            for bundle in bundles:
-                gone += keys_of(bundle.rows["code"], bundle.rows["seq"])
             # The index first, and durably: it may say less than the log, never more.
             position = read_position(self.entries)
             if position is not None and position[:2] > (first.ordinal, first.start):
                 position = Position(first.ordinal, first.start, committed_seq)
-            self.entries.write([position_put(position)] if position is not None else [], gone)
+            puts = [position_put(position)] if position is not None else []
+            self.entries.write(puts, keys_of(first.rows["code"], first.rows["seq"]))
+            for bundle in bundles:
+                self.entries.write((), keys_of(bundle.rows["code"], bundle.rows["seq"]))
             self._rows.cut(min(committed_seq, first.header.first_seq - 1))
             self.entries.flush()
             self.log.cut(first, committed_seq)
         elif self._torn is not None:
             self.log.cut(self._torn, committed_seq)
         self._torn = None
+        self.log.free_left()
         self._catch_up()
         if not self._begun and not self.log.segments:
             self.oldest_seq = self._origin_seq = committed_seq
@@ -224,27 +218,33 @@ class History:
     # --- retention
 
     def retain(
-        self, window_ns: int | None, window_bytes: int | None, pins: Iterable[int], now_ns: int
-    ) -> Retained:
+        self, window_ns: int | None, window_bytes: int | None, pins: Iterable[int], now_ns: int,
+        still: AbstractContextManager[Iterable[int]] = _NO_MORE,
+    ) -> Retained:  # fmt: skip
         """Drops the oldest segments that neither the window nor a pin needs. None: no such limit.
 
-        The replica's committed seq must be among the pins: putting it back needs every entry after that.
+        The replica's committed seq must be among the pins: putting it back needs every entry after that. `still`
+        gives more of them, and lets nobody add one while it is decided what goes.
         """
         facts = [
             retention.SegmentFacts(s.ordinal, s.last_seq, s.last_order_ns, s.file_bytes)
             for s in self.log.segments.values()
         ]
+        if window_bytes is not None:
+            self.log.give_back(window_bytes // _SPARE_PART)
         other = self.bytes - sum(f.bytes for f in facts)
-        wanted = retention.decide(facts, window_ns, window_bytes, pins, now_ns, other)
+        with still as more:
+            wanted = retention.decide(facts, window_ns, window_bytes, [*pins, *more], now_ns, other)
+            self.oldest_seq = max(self.oldest_seq, wanted.oldest_seq or 0)
         freed = sum(f.bytes for f in facts if f.ordinal in set(wanted.drop))
-        if wanted.oldest_seq is not None:
-            self._drop(wanted.drop, wanted.oldest_seq)
+        if wanted.drop:
+            self._write_oldest()
+            for at in range(0, len(wanted.drop), _DROPPED_AT_ONCE):
+                self._drop(wanted.drop[at : at + _DROPPED_AT_ONCE])
         return Retained(self.oldest_seq, len(wanted.drop), freed, self._is_short(window_ns, now_ns), wanted.pinned)
 
-    def _drop(self, ordinals: Sequence[int], oldest_seq: int) -> None:
-        self.oldest_seq = max(self.oldest_seq, oldest_seq)
-        self._write_oldest()
-        self._rows.expire(self.oldest_seq)
+    def _drop(self, ordinals: Sequence[int]) -> None:
+        self._rows.expire(self.log.segments[ordinals[-1]].last_seq)
         if ordinals[-1] >= self._flushed_ordinal and (newest := self.log.newest) is not None:
             # Names of bookmarks must outlive the segments that say them.
             self.entries.flush()
@@ -318,18 +318,18 @@ class History:
         return View(self, replica_fd, volume, seq, size, applied_seq)
 
     def changed_blocks(self, volume: int, after_seq: int, up_to_seq: int) -> tuple[Array, Array]:
-        """(first blocks, counts) of what was written in (after_seq, up_to_seq]."""
-        return changed_blocks(self.log, volume, after_seq, up_to_seq)
-
-    def changed(self, volume: int, after_seq: int, up_to_seq: int) -> list[tuple[int, int]]:
-        """(offset, length) of what was written in (after_seq, up_to_seq]; whole blocks, in order.
+        """(first blocks, counts) of what was written in (after_seq, up_to_seq], in order and apart.
 
         Raises StorageError when `after_seq` is not in the window.
         """
-        found = to_extents(*self.changed_blocks(volume, after_seq, up_to_seq))
+        found = changed_blocks(self.log, volume, after_seq, up_to_seq)
         if after_seq < self.oldest_seq:
             raise StorageError(f"Seq {after_seq} has left the window, which begins at seq {self.oldest_seq}.")
         return found
+
+    def changed(self, volume: int, after_seq: int, up_to_seq: int) -> list[tuple[int, int]]:
+        """The same as (offset, length): as many as there are."""
+        return to_extents(*self.changed_blocks(volume, after_seq, up_to_seq))
 
     def close(self) -> None:
         """Makes the index durable and lets go of everything. No view of it answers any more: close it before the
@@ -337,14 +337,6 @@ class History:
         self.closed = True
         self.entries.close()
         self.log.close()
-
-
-def _note_first(first: dict[int, tuple[int, int, Place]], code: int, seq: int, place: Place) -> None:
-    """Keeps for each block of an entry the smallest seq. Keys are codes of single blocks."""
-    single = code & ~RUN_BIT
-    for block in range(single, single + (16 if code & RUN_BIT else 1)):
-        if block not in first or seq < first[block][1]:
-            first[block] = (code, seq, place)
 
 
 assert BLOCK_BYTES == storage.PAGE_BYTES

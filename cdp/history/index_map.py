@@ -129,11 +129,11 @@ class RocksMap:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            try:
-                self.flush()
-            except OSError as e:
-                log.warning("What the index did not write down is made again from the undo log: %s", e)
-            self._map.close()
+            for step in (self.flush, self._map.close):
+                try:
+                    step()
+                except Exception as e:  # RocksDB's own, whose class is not exported, or no space
+                    log.warning("What the index did not write down is made again from the undo log: %s", e)
 
 
 @contextlib.contextmanager

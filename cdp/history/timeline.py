@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +41,9 @@ class Gap(NamedTuple):
     to_seq: int | None
     code: str
     text: str
+
+    def withholds(self, seq: int) -> bool:
+        return self.from_seq <= seq and (self.to_seq is None or seq < self.to_seq)
 
 
 class Rollback(NamedTuple):
@@ -148,10 +151,11 @@ class Timeline:
 
     # --- barriers and requests
 
-    def barriers(self, volume: int | None, limit: int) -> list[Point]:
-        """The newest `limit` barriers of a volume (None: of any), newest first."""
-        seqs = islice(self._barriers(self._bounds.applied_seq, volume), min(limit, MAX_LISTED))
-        return [Point(seq, self.time_of(seq)) for seq in seqs]
+    def barriers(self, volume: int | None, limit: int, gaps: Sequence[Gap] = ()) -> list[Point]:
+        """The newest `limit` barriers of a volume (None: of any) that lie in none of `gaps`, newest first."""
+        found = self._barriers(self._bounds.applied_seq, volume)
+        offered = (seq for seq in found if not any(gap.withholds(seq) for gap in gaps))
+        return [Point(seq, self.time_of(seq)) for seq in islice(offered, min(limit, MAX_LISTED))]
 
     def barrier_before(self, seq: int, volume: int | None) -> Point | None:
         """The last barrier at or before a seq."""

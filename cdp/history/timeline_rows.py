@@ -34,6 +34,8 @@ GAP_VALUE = struct.Struct(">QQ")
 ROLLBACK_VALUE = struct.Struct(">QB")
 STEP_VALUE = struct.Struct(">Qq")
 MAX_SEQ = (1 << 64) - 1
+# The code of the first gap of a volume that was not empty.
+INITIAL_SYNC = "initial_sync"
 # Expired names that are still known to have been bookmarks.
 MAX_EXPIRED = 10_000
 # Wall and order time drift apart by less when nobody sets a clock.
@@ -76,8 +78,11 @@ class TimelineWriter:
         """Takes its memory from the rows again."""
         cursor = self._entries.cursor()
         self._sizes: dict[int, bytes] = {}
+        self._declared: dict[int, int] = {}  # the first seq of each
         for key, value in rows(cursor, b"Z"):
-            self._sizes[VOLUME_SEQ.unpack(key)[0]] = value
+            volume, seq = VOLUME_SEQ.unpack(key)
+            self._sizes[volume] = value
+            self._declared.setdefault(volume, seq)
         self._open_gaps = {key: value for key, value in rows(cursor, b"G") if not GAP_VALUE.unpack_from(value)[0]}
         self._rollbacks = {key: value for key, value in rows(cursor, b"K") if not ROLLBACK_VALUE.unpack_from(value)[0]}
         step = next(rows_back(cursor, b"C", SEQ.pack(MAX_SEQ)), None)
@@ -143,6 +148,7 @@ class TimelineWriter:
             size = SEQ.pack(length) + data
             if self._sizes.get(volume) != size:
                 self._sizes[volume] = size
+                self._declared.setdefault(volume, seq)
                 puts.append((b"Z" + VOLUME_SEQ.pack(volume, seq), size))
         elif kind == GAP:
             self._gap(flags, volume, offset, seq, data, puts)
@@ -160,6 +166,9 @@ class TimelineWriter:
     def _gap(self, flags: int, volume: int, from_seq: int, seq: int, data: bytes, puts: Puts) -> None:
         key = VOLUME_SEQ.pack(volume, from_seq or seq)
         if flags & OPEN:
+            if not from_seq and _json(data).get("code") == INITIAL_SYNC:
+                # It held data before it was declared: the record of that is no point of it either.
+                key = VOLUME_SEQ.pack(volume, self._declared.get(volume, seq))
             value = self._open_gaps.get(key) or GAP_VALUE.pack(0, seq) + data
             self._open_gaps[key] = value
             puts.append((b"G" + key, value))
@@ -169,7 +178,7 @@ class TimelineWriter:
             value = self._open_gaps.pop(k)
             made = GAP_VALUE.unpack_from(value)[1]
             puts.append((b"G" + k, GAP_VALUE.pack(seq, made) + value[GAP_VALUE.size :]))
-        if key not in closed and 0 < from_seq < seq:
+        if 0 < from_seq < seq and not any(k <= key for k in closed):
             puts.append((b"G" + key, GAP_VALUE.pack(seq, seq) + data))
 
     # --- cuts

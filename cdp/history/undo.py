@@ -10,7 +10,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from cdp.history.undo_format import (
     Opening,
     mix_many,
 )
-from cdp.history.undo_segment import Descriptor, Segment, compress_meta
+from cdp.history.undo_segment import Descriptor, Segment, Written, compress_meta
 from cdp.journal.batch import Batch
 
 __all__ = ["Extent", "UndoLog", "Written"]
@@ -46,16 +45,6 @@ _MAX_SEGMENT_ENTRIES = 1 << 18
 _MAX_SPARES = 8
 # Open files of one log (24 GiB of it); a read of another segment opens it again.
 _MAX_DESCRIPTORS = 384
-
-
-@dataclass(slots=True)
-class Written:
-    """A bundle that was written; `files` make it durable."""
-
-    bundle: Bundle
-    files: list[Descriptor]
-    folder: str | None
-    opening: bytes = b""  # of the last of `files`, when its segment begins with this bundle
 
 
 class UndoLog:
@@ -158,19 +147,22 @@ class UndoLog:
 
     def _load(self) -> None:
         found: dict[int, Segment] = {}
-        self._spares = []
+        self._spares: list[str] = []
+        self._left: set[str] = set()  # files that are no part of the log: a kill came before they were begun, or freed
         for name in sorted(storage.listdir(self.folder)):
             path = os.path.join(self.folder, name)
             if name.startswith("spare-"):
                 self._spares.append(path)
             elif (match := _NAME.fullmatch(name)) is not None:
                 self._next_ordinal = max(self._next_ordinal, int(match[2]) + 1)
+                self._left.add(path)
                 file = Descriptor(path, os.O_RDONLY)
                 opening = Opening.parse(storage.pread(file.fd, PAGE_BYTES, 0))
                 if opening is not None and opening.ordinal == int(match[2]):
                     found[opening.ordinal] = Segment(path, opening)
         self._spare_bytes = sum(storage.stat(path).st_size for path in self._spares)
         self._link(found)
+        self._left -= {segment.path for segment in self.segments.values()}
 
     def _link(self, found: dict[int, Segment]) -> None:
         """Follows the segments back from the newest: each says which one it continues, and where that one ended."""
@@ -305,9 +297,14 @@ class UndoLog:
         self._spares.append(spare)
         self._spare_bytes += storage.stat(spare).st_size
 
-    def give_back(self) -> None:
-        """Removes what is kept to be recycled: on a full disk the segment that is being written needs the space."""
-        while self._spares:
+    def free_left(self) -> None:
+        """To be called when a start has found what it needs: the files that an earlier life left behind go."""
+        while self._left:
+            self._free(self._left.pop())
+
+    def give_back(self, kept_bytes: int = 0) -> None:
+        """Removes what is kept to be recycled beyond that: on a full disk the segment being written needs the space."""
+        while self._spares and self._spare_bytes > kept_bytes:
             self._spare_bytes -= storage.stat(self._spares[-1]).st_size
             storage.unlink(self._spares.pop())
 
@@ -334,7 +331,10 @@ class UndoLog:
         if parts[0] or packed.codes:
             header = header_of(parts, packed, self.synced_seq)
             self._begin(header.first_seq, old, close=False)
-            self.sync(self._write(header, parts, packed))
+            written = self._write(header, parts, packed)
+            # First what is kept: the opening, which `sync` writes, takes it away from the old segment.
+            storage.fdatasync(written.files[-1].fd)
+            self.sync(written)
         else:
             _, file = self._begin(committed_seq + 1, old, close=False)
             self.sync(Written(bundle, [file], self.folder, self._opening))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import zstandard
@@ -44,6 +45,16 @@ class Descriptor:
     def __del__(self) -> None:
         if self.fd >= 0:
             storage.close(self.fd)
+
+
+@dataclass(slots=True)
+class Written:
+    """A bundle that was written; `files` make it durable."""
+
+    bundle: Bundle
+    files: list[Descriptor]
+    folder: str | None
+    opening: bytes = b""  # of the last of `files`, when its segment begins with this bundle
 
 
 def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:

@@ -74,22 +74,24 @@ class Commands:
 
     def changed_since(self, volume: str, seq: int) -> tuple[int, int]:
         """(bytes, extents) of a volume that were written between a point and now."""
-        answer = self._replayer("diff", {"volume": volume, "from": f"seq:{seq}", "to": "now", "zone": "UTC"})
-        return _of(answer, "bytes", int), len(_of(answer, "extents", list))
+        arguments = {"volume": volume, "from": f"seq:{seq}", "to": "now", "zone": "UTC", "totals": True}
+        answer = self._replayer("diff", arguments)
+        return _of(answer, "bytes", int), _of(answer, "extents", int)
 
     def wait(self, group: str, seq: int, timeout_seconds: float = WAIT_SECONDS) -> bool:
         """Whether the replayer has applied a seq within that time."""
         arguments = {"group": group, "seq": seq, "timeout_seconds": timeout_seconds}
         return _of(self._replayer("wait", arguments, timeout_seconds), "applied", bool)
 
-    def pin(self, group: str, seq: int) -> int:
-        """Keeps the history of a point until `unpin` or the end of the replayer's process."""
-        return _of(self._replayer("pin", {"group": group, "seq": seq}), "pin", int)
+    def pin(self, group: str, seq: int, owner: str) -> None:
+        """Keeps the history of a point until `unpin` or the end of the replayer's process. A second pin of an owner
+        takes the place of its first."""
+        self._replayer("pin", {"group": group, "seq": seq, "owner": owner})
 
-    def unpin(self, pin: int) -> None:
+    def unpin(self, owner: str) -> None:
         """Lets it go. Nobody to tell is as good: pins end with the replayer's process."""
         with contextlib.suppress(UnreachableError):
-            self._replayer("unpin", {"pin": pin})
+            self._replayer("unpin", {"owner": owner})
 
     def mismatches(self, volume: str, first_seq: int, last_seq: int) -> list[tuple[int, int]]:
         """Regions whose VERIFY records between two seqs did not match the replica."""

@@ -13,6 +13,7 @@ from typing import Any
 from cdp import storage
 from cdp.errors import NotFoundError, StorageError
 from cdp.recovery.points import point_json
+from cdp.recovery.times import iso_utc
 
 # The steps in their order; a job whose step is DONE holds no lock any more.
 LOCK, BEGIN, WAIT, COPY, PROVE, END, UNLOCK, DONE = (
@@ -51,6 +52,11 @@ class Job:
     def active(self) -> bool:
         """Whether it still holds, or may hold, the volumes."""
         return self.step != DONE
+
+    @property
+    def name(self) -> str:
+        """The same in every process that runs it, and no other's; for people too."""
+        return f"the rollback of {' and '.join(self.volumes)} begun at {iso_utc(self.started_ns)}"
 
     @property
     def source_seq(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,8 @@ from cdp.recovery.points import GapLike, PointLike, Resolved, TimelineLike, reso
 
 if TYPE_CHECKING:
     from cdp.nbd.connection import Connection
+
+log = logging.getLogger(__name__)
 
 CHANGED = "cdp:changed"
 # A LIST reply for a person or a menu: beyond some hundred names it is `cdp points` that helps.
@@ -164,7 +167,7 @@ class PastExport(Export):
             raise
         self._below: BaseView = self._view  # what reads see: the view, later the overlay
         self._overlay: Overlay | None = None
-        self._closed = False
+        self._closed = self._refused = False
 
     def submit(self, connection: Connection, requests: list[Request]) -> None:
         read_into = self._below.read_into
@@ -179,7 +182,7 @@ class PastExport(Export):
                 read_into(offset, slot)
             except OSError as e:
                 connection.unslot()
-                connection.fail(cookie, e.errno or errno.EIO)
+                self._refuse(connection, cookie, e)
 
     def _other(self, connection: Connection, request: Request) -> None:
         """Everything but a READ. FLUSH and FUA have nothing to wait for: the writes end with the connection."""
@@ -194,7 +197,15 @@ class PastExport(Export):
                 self._writable().zero(offset, length)
             connection.done(cookie)
         except OSError as e:
-            connection.fail(cookie, e.errno or errno.EIO)
+            self._refuse(connection, cookie, e)
+
+    def _refuse(self, connection: Connection, cookie: bytes, error: OSError) -> None:
+        """The reason goes to the client, and the first of a connection into the log."""
+        text = error.strerror or str(error)
+        if not self._refused:
+            self._refused = True
+            log.warning("%s: %s at seq %d: %s", connection.peer, self.volume, self.point.seq, text)
+        connection.fail(cookie, error.errno or errno.EIO, text)
 
     def _writable(self) -> Overlay:
         if self._overlay is None:

@@ -79,7 +79,6 @@ class Rollback:
         self._patience_ns = int(patience_seconds * 1e9)
         self._last_ok_ns = storage.monotonic_ns()
         self._stop = threading.Event()
-        self._pins: list[int] = []
         self._attached = False
         self._copied_again = False
         # By volume, of what this run copied. Forgotten at any error: who was away meanwhile may have lost what was
@@ -106,10 +105,12 @@ class Rollback:
 
     def run(self) -> Job:
         """Goes on from wherever the job is, to its end. Raises CdpError, Stopped."""
-        self._save()
-        self._last_ok_ns = storage.monotonic_ns()
+        self._last_ok_ns, saved = storage.monotonic_ns(), False
         while self.job.active:
             try:
+                if not saved:
+                    self._save()
+                    saved = True
                 if not self._attached and self.job.step in (BEGIN, WAIT, COPY, PROVE):
                     self._attach()
                 self._enter(self._steps[self.job.step]())
@@ -153,6 +154,8 @@ class Rollback:
             self._enter(UNLOCK)  # nothing was written, perhaps nothing locked
             return
         if job.begin is None:
+            # The collector knows the BEGIN of a lock's holder too; for an abandon nobody else may be there to ask.
+            self._may_have_begun = self._may_have_begun and direction != ABANDON
             self._learn_begin()
         job.direction = direction
         job.bytes, job.extents, job.copied_to = {}, {}, {}
@@ -175,9 +178,11 @@ class Rollback:
         """What a process of the appliance may have forgotten in a restart, and what a killed job may still hold."""
         if self.job.begin is not None:
             self._wait_applied(int(self.job.begin["seq"]))  # a killed replayer goes back a little first
-        self._release_pins()
-        self._pins.append(self._commands.pin(self.job.group, self.job.source_seq))
+        self._commands.pin(self.job.group, self.job.source_seq, self.job.name)
         self._commands.lock(self.job.volumes, self.job.secret, True)
+        if self.job.direction == UNDO:
+            # What an undo copies is the difference to BEGIN of everything that was written until now.
+            self._wait_applied(self._fence())
         self._attached = True
 
     def _begin(self) -> str:
@@ -199,11 +204,8 @@ class Rollback:
         return max(self._commands.fence(volume) for volume in self.job.volumes)
 
     def _wait(self) -> str:
-        job = self.job
-        assert job.begin is not None
-        seq = int(job.begin["seq"])
-        # What an undo copies is the difference to BEGIN of everything that was written until now.
-        self._wait_applied(self._fence() if job.direction == UNDO else seq)
+        assert self.job.begin is not None
+        self._wait_applied(int(self.job.begin["seq"]))
         return COPY
 
     def _wait_applied(self, seq: int) -> None:
@@ -271,7 +273,7 @@ class Rollback:
 
     def _unlock(self) -> str:
         self._commands.unlock(self.job.volumes, self.job.secret)
-        self._release_pins()
+        self._commands.unpin(self.job.name)
         self.job.error = None
         return DONE
 
@@ -314,15 +316,9 @@ class Rollback:
         if self.job.step not in (LOCK, BEGIN) or self.job.begin is not None or self.job.direction != FORWARD:
             return
         if isinstance(error, RefusedError | NotFoundError):
-            if self.job.step == BEGIN:
-                self._commands.unlock(self.job.volumes, self.job.secret)
-            self._release_pins()
+            self._commands.unlock(self.job.volumes, self.job.secret)  # at LOCK too: a run that was killed may hold it
+            self._commands.unpin(self.job.name)
             self._enter(DONE)
-
-    def _release_pins(self) -> None:
-        for pin in self._pins:
-            self._commands.unpin(pin)
-        self._pins.clear()
 
     def _given_up(self, error: Exception) -> UnreachableError:
         return UnreachableError(

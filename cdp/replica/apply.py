@@ -155,7 +155,7 @@ class ApplyThread:
     def _follow_record(self, record: Record) -> None:
         self.course.follow(record)
         if record.kind == GAP and not record.flags & OPEN:
-            self.verifier.forget(record.volume)
+            self.verifier.forget(record.volume, record.seq)
 
     @staticmethod
     def _chain_at(position: Position, history: History) -> Chain | None:
@@ -294,8 +294,8 @@ class ApplyThread:
         # What is above the committed seq is what a restart puts the replica back with: no window may take it.
         # An unfinished rollback needs its target although the pins of its process may have ended.
         targets = self.history.timeline.unfinished_targets()
-        pins = [*self._pins.seqs(), *targets, committer.position.seq]
-        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns)
+        pins, still = [*targets, committer.position.seq], self._pins.still()
+        kept = self.history.retain(s.window_ns, s.window_bytes, pins, pipeline.applied.time_ns, still)
         self.window_short = kept.short
         if kept.dropped:
             with self.condition:

@@ -40,19 +40,22 @@ class Course:
         self.names: dict[str, int] = dict(plain.get("names", {}))
         self._gaps: dict[int, Reason] = {int(k): dict(v) for k, v in plain.get("gaps", {}).items()}
         self._rollbacks: dict[int, int] = {int(k): int(v) for k, v in plain.get("rollbacks", {}).items()}
+        # After a reset: whose resync has not ended, and where it ended. What lies before was never the primary's.
         self.awaited: set[str] = set(plain.get("awaited", []))
+        self.whole_from: dict[str, int] = dict(plain.get("whole_from", {}))
 
     def plain(self) -> dict[str, Any]:
         """A copy that `Course(…)` takes."""
         return {
             "names": dict(self.names), "gaps": dict(self._gaps), "rollbacks": dict(self._rollbacks),
-            "awaited": sorted(self.awaited),
+            "awaited": sorted(self.awaited), "whole_from": dict(self.whole_from),
         }  # fmt: skip
 
     def follow(self, record: Record) -> None:
         """Takes a record of a kind in FOLLOWED. Raises CorruptionError."""
         if record.kind == RESIZE:
-            self.names[str(bytes(record.data), "utf-8", "replace")] = record.volume
+            name = str(bytes(record.data), "utf-8", "replace")
+            self.names = {**self.names, name: record.volume}  # other threads go through the one they have
         elif record.kind == GAP:
             self._follow_gap(record)
         elif record.kind == ROLLBACK_BEGIN:
@@ -68,7 +71,9 @@ class Course:
             self._gaps[record.volume] = reason(str(said.get("code", "gap")), str(said.get("text", "")))
             return
         self._gaps.pop(record.volume, None)
-        self.awaited -= {name for name, volume in self.names.items() if volume == record.volume}
+        whole = {name for name, volume in self.names.items() if volume == record.volume} & self.awaited
+        self.whole_from = self.whole_from | dict.fromkeys(whole, record.seq)
+        self.awaited -= whole
 
     def of(self, name: str) -> tuple[str, Reason | None]:
         """State and reason of a volume by its name."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from cdp.errors import RefusedError
@@ -53,3 +55,9 @@ class Pins:
     def seqs(self) -> list[int]:
         with self._lock:
             return [p.seq for p in self._held]
+
+    @contextmanager
+    def still(self) -> Iterator[list[int]]:
+        """The seqs that are pinned; none is added before the end of the `with`."""
+        with self._lock:
+            yield [p.seq for p in self._held]

@@ -63,6 +63,7 @@ class Replayer:
         returns.
         """
         self.stop()
+        self.pins = Pins()  # those of the old history hold nothing any more
         old = restart.position_before_reset(self.folder, self.volumes)
         position_file.store(self.folder, restart.position_after_reset(old, after_seq))
         self.start()
@@ -140,6 +141,9 @@ class Replayer:
             raise RefusedError(f"Seq {seq} is before the window, which begins at {history.oldest_seq}.", code="expired")
         if volume in work.course.awaited:
             raise RefusedError(f"{volume} is being resynced: points are offered from its end.", code="in_gap")
+        if seq < (whole_from := work.course.whole_from.get(volume, 0)):
+            text = f"{volume} was being resynced at seq {seq}: its points begin at {whole_from}."
+            raise RefusedError(text, "Choose a younger point.", code="in_gap")
         size = history.timeline.size_at(number, seq)
         if size is None:
             raise RefusedError(f"Volume {volume} did not exist yet at seq {seq}.", code="outside_window")

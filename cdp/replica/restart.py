@@ -11,7 +11,7 @@ from cdp.history.history import History
 from cdp.replica import position as position_file
 from cdp.replica.course import Course
 from cdp.replica.position import Position
-from cdp.replica.replica import Replica, sync_files
+from cdp.replica.replica import BLOCK_BYTES, Replica, sync_files
 
 REPLICA_FOLDER, HISTORY_FOLDER = "replica", "history"
 LOCK_FILE = "lock"
@@ -58,9 +58,11 @@ def put_back(history: History, replica: Replica, position: Position) -> int:
     Raises CorruptionError, OSError; may be repeated.
     """
     blocks = 0
+    # What lies beyond the size at the committed seq is cut off below, and a power cut may have taken it already.
+    ends = {volume: -(-size // BLOCK_BYTES) for volume, _, _, size in position.volumes}
     for extent in history.recover(position.seq):
         file = replica.files.get(extent.volume)
-        if file is not None:
+        if file is not None and extent.block < ends[extent.volume]:
             before = None if extent.before is None else memoryview(extent.before)
             file.write_range(extent.block, extent.count, before)
             blocks += extent.count

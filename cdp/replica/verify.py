@@ -47,9 +47,10 @@ class Verifier:
                 now[(volume, offset, length)] = record.seq
         self._unequal = now
 
-    def forget(self, volume: int) -> None:
-        """What was unequal has been written again: a resync of the volume has ended."""
-        self._unequal = {k: s for k, s in self._unequal.items() if k[0] != volume}
+    def forget(self, volume: int, seq: int) -> None:
+        """What was unequal has been written again: a resync of the volume ended at `seq`. What was found behind it, in
+        a bundle that was planned before this one is applied, stays."""
+        self._unequal = {k: s for k, s in self._unequal.items() if k[0] != volume or s > seq}
 
     def result(self, volume: int, first_seq: int, last_seq: int) -> list[tuple[int, int]]:
         """(offset, length) of regions whose VERIFY record in [first_seq, last_seq] did not match; sorted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.nbd import NbdClient
-from tests.support.running import Appliance, running
+from tests.support.running import CDP, Appliance, running
 
 SIZE = 8 << 20
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z")
@@ -133,6 +134,8 @@ def test_rollback_and_forward_again(appliance: Appliance) -> None:
 def test_rollback_asks_and_refuses_while_clients_are_there(appliance: Appliance) -> None:
     appliance.bookmark("asked")
     assert error_of(appliance, 4, "rollback", "db", "--to", "asked")["code"] == "declined"
+    closed = f'exec "{CDP}" --config "{appliance.config}" rollback db --to asked <&-'
+    assert subprocess.run(["sh", "-c", closed], capture_output=True, check=False).returncode == 4
     with NbdClient(appliance.socket("collector"), "db"):
         assert error_of(appliance, 4, "rollback", "db", "--to", "asked", "--yes")["code"] == "busy"
         appliance.cli("rollback", "db", "--to", "asked", "--yes", "--disconnect")

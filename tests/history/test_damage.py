@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cdp import storage
 from cdp.errors import CorruptionError, StorageError
 from cdp.history.undo_format import PAGE_BYTES
 from tests.history.support import BLOCK, Group, write
@@ -159,6 +160,18 @@ def test_an_index_that_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
     group.close()
 
 
+def test_an_index_that_cannot_be_written_down_does_not_keep_its_history_open(tmp_path: Path) -> None:
+    """A reset is the way out of damage, and begins with letting go of what is damaged."""
+    group = filled(tmp_path)
+    committed = group.history.applied_seq
+    shutil.rmtree(tmp_path / "history" / "index")
+    group.history.close()
+    group.history = group.open()
+    group.put_back(committed)
+    assert all(group.read(seq) == version for seq, version in group.versions.items())
+    group.close()
+
+
 def test_recycled_file_cannot_pass_for_history(tmp_path: Path) -> None:
     """Promise 6: a reader that holds on to a dropped segment gets EIO, whatever stands in its file by then."""
     group = filled(tmp_path, 1 << 16)
@@ -237,3 +250,43 @@ class _Closed:
     """A file whose sync fails."""
 
     fd = 1 << 20
+
+
+class PowerCut(RuntimeError):
+    """Ends what was under way."""
+
+
+def test_a_power_cut_while_the_log_is_cut_keeps_what_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 5: a divided record began in the bundle of the committed one; the new segment that keeps that one's part
+    reaches the disk with its first page alone."""
+    group = Group(tmp_path, BLOCKS)
+    first = group.bundle([write(0, b"a" * BLOCK)])
+    whole = group.stream.batch([write(1, b"b" * BLOCK)])
+    extents = group.plan(whole)
+    later = group.plan(group.stream.batch([write(2, b"c" * BLOCK), write(3, b"d" * BLOCK)]))
+    pending = group.history.append([whole], [*extents, later[0]], False)
+    group.history.sync(pending)
+    group.history.publish(pending)
+    group.apply([whole])
+    group.history.close()
+    group.history = group.open()
+    assert list(group.history.recover(whole.last_seq))
+
+    def cut_power(fd: int) -> None:
+        with open(f"/proc/self/fd/{fd}", "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(PAGE_BYTES)
+            file.write(bytes(size - PAGE_BYTES))
+        raise PowerCut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "fdatasync", cut_power)
+        with pytest.raises(PowerCut):
+            group.history.cut(whole.last_seq)
+    group.history.close()
+    group.history = group.open()
+    group.put_back(whole.last_seq)
+    assert all(group.read(seq) == group.versions[seq] for seq in (first, whole.last_seq))
+    group.close()

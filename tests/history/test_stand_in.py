@@ -88,6 +88,17 @@ class FullMap(MemoryMap):
         super().write(puts, deletes)
 
 
+class CountedMap(MemoryMap):
+    """Keeps the number of rows that the largest write removed."""
+
+    most = 0
+
+    def write(self, puts: Iterable[tuple[bytes, bytes]], deletes: Iterable[bytes] = ()) -> None:
+        deletes = list(deletes)
+        self.most = max(self.most, len(deletes))
+        super().write(puts, deletes)
+
+
 class Standing(Group):
     """A group whose index is in memory."""
 
@@ -111,6 +122,24 @@ def test_same_life_on_another_map(tmp_path: Path) -> None:
     assert 0 < oldest <= middle
     assert all(group.read(seq) == v for seq, v in group.versions.items() if seq >= oldest)
     assert group.history.timeline.was_bookmark("first")
+    group.close()
+
+
+def test_what_leaves_the_window_in_one_round_goes_in_pieces(tmp_path: Path) -> None:
+    """Promise 9: a pin that was held for days has kept millions of rows."""
+
+    class Counted(Group):
+        def open(self) -> History:
+            folder = str(self.folder / "history")
+            return History(folder, segment_bytes=1 << 14, compress=True, entries=CountedMap())
+
+    group = Counted(tmp_path, 8)
+    for _ in range(120):
+        group.bundle([write(0, os.urandom(BLOCK))])
+    kept = group.history.retain(None, 0, [], 0)
+    assert kept.dropped > 32 and kept.oldest_seq > 90
+    assert isinstance(group.history.entries, CountedMap) and group.history.entries.most < 40
+    assert all(group.read(seq) == v for seq, v in group.versions.items() if seq >= kept.oldest_seq)
     group.close()
 
 

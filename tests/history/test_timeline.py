@@ -133,6 +133,17 @@ def test_cut_opens_again_what_ended_later(group: Group) -> None:
     assert [(g.from_seq, g.to_seq) for g in timeline.gaps(0)] == [(2, 4), (4, 5)]
 
 
+@pytest.mark.parametrize("how", ["open", "rebuilt"])
+def test_a_volume_that_held_data_has_no_point_before_all_of_it_is_known(group: Group, how: str) -> None:
+    """Promise 8: the record that declares it stands in front of its gap, and nobody has said what it held there."""
+    opens: Piece = (journal.GAP, journal.OPEN, 0, 0, 0, json.dumps({"code": "initial_sync"}).encode())
+    group.bundle([resize(1 << 20, "db"), opens], [write(0, DATA)])
+    group.bundle([opens])  # a collector that was killed begins anew
+    group.bundle([gap(0, 2, False)], [gap(0, 0, True)])
+    reopened(group, how)
+    assert [(g.from_seq, g.to_seq) for g in group.history.timeline.gaps(0)] == [(1, 5), (6, None)]
+
+
 def test_clock_steps(group: Group) -> None:
     hour = 3600 * SECOND_NS
     for behind in (0, 5, hour, hour + 7, hour, 0, 0):

@@ -8,15 +8,14 @@ import random
 import subprocess
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cdp.errors import RefusedError, UsageError
 from cdp.nbd import wire
 from cdp.nbd.client import Client
+from cdp.recovery import diff as differences
 from cdp.recovery import export as exports
 from cdp.recovery.copying import Copier, measure, near, ranges
-from cdp.recovery.diff import diff, merge
+from cdp.recovery.diff import diff
 from cdp.recovery.export import export
 from cdp.recovery.past import CHANGED
 from cdp.recovery.points import Resolved, resolve
@@ -67,13 +66,16 @@ def test_a_diff_is_the_same_both_ways_round(served):
     assert diff(history, 1, SIZE, point(first), point(first)).extents == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=12), st.integers(1, 70))
-def test_merged_extents_cover_the_same_bytes(extents, size):
-    merged = merge(extents, size)
-    covered = {at for offset, length in extents for at in range(offset, offset + length) if at < size}
-    assert {at for offset, length in merged for at in range(offset, offset + length)} == covered
-    ends = [offset + length for offset, length in merged]
-    assert all(end < offset for end, (offset, _) in zip(ends, merged[1:], strict=False))
+def test_more_extents_than_one_answer_carries_are_refused_and_still_measured(served, monkeypatch):
+    """Promise 9: a list without an end would be the end of the process that has to carry it."""
+    made, _, first, second = served
+    history, ends = made.replayer.history, (point(first), point(second))
+    assert differences.measure(history, 1, SIZE, *ends) == (3 * MIB + 1536, 3)
+    assert differences.measure(history, 1, SIZE, ends[0], ends[0]) == (0, 0)
+    monkeypatch.setattr(differences, "MAX_EXTENTS", 2)
+    with pytest.raises(RefusedError, match="3 extents differ"):
+        diff(history, 1, SIZE, *ends)
+    assert differences.measure(history, 1, SIZE, *ends)[1] == 3
 
 
 def test_near_changes_are_joined():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -147,10 +148,29 @@ def test_a_point_that_left_the_window_is_an_error_and_never_other_bytes(tmp_path
                 try:
                     assert read(client) == held
                 except OSError as e:
-                    assert e.errno == 5
+                    assert e.errno == 5 and "has left the window" in str(e)
                     break
             else:
                 pytest.fail("the point never left the window")
+
+
+def test_damage_of_the_past_is_said_to_its_reader_and_in_the_log(tmp_path, caplog):
+    """EIO alone tells nobody which disk to look at; a thousand lines of it neither."""
+    with past(tmp_path, {"db": SIZE}) as (made, address):
+        seq = made.feed.write(1, 0, os.urandom(MIB))
+        made.feed.write(1, 0, os.urandom(MIB))
+        made.caught_up()
+        for path in (tmp_path / "replayer" / "history" / "undo").glob("undo-*"):
+            with path.open("r+b") as file:
+                file.seek(64 << 10)
+                file.write(b"!" * (512 << 10))
+        with Client.connect(address, f"db@seq:{seq}") as client:
+            for _ in range(3):
+                with pytest.raises(OSError, match="damaged in the undo log") as refused:
+                    client.read(0, MIB)
+                assert refused.value.errno == errno.EIO
+        lines = [record.getMessage() for record in caplog.records if "damaged in the undo log" in record.getMessage()]
+        assert len(lines) == 1 and f"db at seq {seq}" in lines[0]
 
 
 def test_open_points_are_pinned_until_closed(tmp_path):

@@ -169,6 +169,12 @@ def test_the_plan_says_what_will_happen(scene):
         assert refused.value.code == "no_space"
 
 
+def test_a_plan_carries_no_list_of_what_differs(scene, monkeypatch):
+    """Promise 9: a volume with millions of scattered changes is rolled back too."""
+    monkeypatch.setattr("cdp.recovery.diff.MAX_EXTENTS", 0)
+    assert scene.plan().total_extents >= 2
+
+
 def test_clients_are_not_cut_off_unasked(scene):
     with scene.client("db") as client:
         client.read(0, 1)

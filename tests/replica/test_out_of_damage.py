@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cdp import storage
+from cdp.errors import RefusedError
 from cdp.journal import batch as fmt
+from tests.recovery.serving import past_of
 from tests.replica.helpers import WAIT_SECONDS, rig
 from tests.support.running import wait_for
 
@@ -99,3 +101,30 @@ def test_a_reset_and_a_resync_are_the_way_out(tmp_path: Path, damage: Callable[[
         replayer.stop()
         r.start()
         assert r.read("db", end) == content
+
+
+def test_a_volume_has_no_point_before_its_own_resync_behind_a_reset(tmp_path: Path) -> None:
+    """Promise 8: the second volume's gap begins behind the first's, and the new history in front of both."""
+    with rig(tmp_path, {"db": SIZE, "log": SIZE}) as r:
+        r.feed.write(2, 0, os.urandom(SIZE))
+        r.caught_up().stop()
+        undo(tmp_path / "replayer")
+        (tmp_path / "replayer" / "replica" / "log.raw").write_bytes(b"damaged!" * (SIZE // 8))
+        r.start()
+        behind = r.feed.flush()
+        for volume in (1, 2):
+            first = r.feed.volume(1, "db", SIZE)
+            r.feed.volume(2, "log", SIZE)
+            r.feed.gap(volume, opens=True, from_seq=first)
+        r.replayer.reset_history(behind)
+        for volume in (1, 2):
+            r.feed.record(fmt.SYNC, volume, 0, SIZE, bytes(r.feed.now[volume]))
+            end = r.feed.gap(volume, opens=False)
+        r.caught_up()
+        for _ in range(2):
+            assert r.read("log", end) == bytes(r.feed.now[2])
+            for seq in range(behind + 1, end):
+                with pytest.raises(RefusedError):
+                    past_of(r, tmp_path / "scratch").open(f"log@seq:{seq}", "test")
+            r.replayer.stop()
+            r.start()

@@ -255,6 +255,10 @@ def test_verify_finds_what_differs_and_forgets_it_when_it_is_equal_again(tmp_pat
         r.feed.gap(1, opens=True)
         r.feed.gap(1, opens=False)
         assert r.caught_up().state == "protected"
+        r.feed.gap(1, opens=True)
+        r.feed.gap(1, opens=False)
+        r.feed.verify(1, 0, 4096, b"wrong behind the resync")
+        assert r.caught_up().state == "stopped"
 
 
 def test_batches_beyond_a_bundle_are_served_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from cdp.errors import RefusedError
+from cdp.history import retention
 from cdp.journal import batch as fmt
 from tests.replica.helpers import WAIT_SECONDS, rig
 
@@ -68,3 +70,70 @@ def test_the_points_of_an_open_rollback_stay_over_a_restart(tmp_path: Path) -> N
         with pytest.raises(RefusedError, match="left the window") as refused:  # before a rollback begins with it
             replayer.pin(target)
         assert refused.value.code == "expired" and not replayer.pins.seqs()
+
+
+def test_a_pin_of_a_history_that_was_reset_holds_nothing_of_the_new_one(tmp_path: Path) -> None:
+    """Promise 9: a client that stays connected to what is gone must not keep the window open for ever."""
+    with rig(tmp_path, {"db": SIZE}, window_bytes=1, segment_bytes=1 << 16) as r:
+        held = r.replayer.pin(1)
+        behind = r.feed.flush()
+        r.caught_up().reset_history(behind)
+        r.feed.volume(1, "db", SIZE)
+        for _ in range(8):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.caught_up()
+        work = r.replayer._work
+        with work.condition:
+            assert work.condition.wait_for(lambda: r.replayer.history.oldest_seq > behind + 1, WAIT_SECONDS)
+        held.release()
+
+
+def test_a_pin_that_comes_while_it_is_decided_what_goes_is_kept_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 7: nobody is told that a point is pinned which leaves the window in that moment."""
+    outcome: list[object] = []
+
+    def pin() -> None:
+        try:
+            outcome.append(r.replayer.pin(1))
+        except RefusedError as e:
+            outcome.append(e.code)
+
+    pinning, decide = Thread(target=pin), retention.decide
+
+    def deciding(*arguments: object) -> retention.Decision:
+        wanted = decide(*arguments)  # type: ignore[arg-type]
+        if wanted.drop and pinning.ident is None:
+            pinning.start()
+            pinning.join(1.0)  # it ends at once where nothing holds it up
+        return wanted
+
+    with rig(tmp_path, {"db": SIZE}, window_bytes=1, segment_bytes=1 << 16) as r:
+        monkeypatch.setattr(retention, "decide", deciding)
+        for _ in range(8):
+            r.feed.write(1, 0, os.urandom(SIZE))
+            r.caught_up()
+        with r.replayer._work.condition:
+            assert r.replayer._work.condition.wait_for(lambda: r.replayer.history.oldest_seq > 1, WAIT_SECONDS)
+        pinning.join(WAIT_SECONDS)
+        assert outcome == ["expired"]
+
+
+def test_a_power_cut_may_take_the_growth_of_a_replica_whose_undo_it_left(tmp_path: Path) -> None:
+    """Promise 5: the undo of writes beyond the committed size is durable, the file's new length is not."""
+    with rig(tmp_path, {"db": SIZE}) as r:
+        r.feed.write(1, 0, b"a" * SIZE)
+        r.caught_up().stop()
+        committed = (tmp_path / "replayer" / "committed").read_bytes()
+        r.start()
+        r.feed.volume(1, "db", 2 * SIZE)
+        r.feed.write(1, SIZE - 4096, b"b" * 12288)
+        last = r.feed.flush()
+        r.caught_up().stop()
+        (tmp_path / "replayer" / "committed").write_bytes(committed)
+        os.truncate(tmp_path / "replayer" / "replica" / "db.raw", SIZE)
+        replayer = r.start()
+        assert replayer.wait_applied(last, WAIT_SECONDS), replayer.reason
+        r.check_every_point()
+        assert r.replica("db") == r.feed.model[last][1]
