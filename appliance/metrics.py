@@ -25,6 +25,7 @@ from cdp.config import Group
 # The format that every Prometheus takes; nothing here needs a newer one.
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 RELAY_STATES = ("carrying", "waiting", "stopped", "forked")
+REPLICATED_STATES = ("replicated", "local", "late", "fenced")
 
 
 class Page(Collector):
