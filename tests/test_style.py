@@ -45,7 +45,8 @@ def test_module_says_what_it_owns(path: Path) -> None:
 
 def test_repository_stands_alone() -> None:
     outside = re.compile("/" + r"work/|\.\./" + "shared")
-    texts = [p for pattern in ("*.md", "*.toml", "Makefile") for p in ROOT.glob(pattern)]
+    patterns = ("*.md", "*.toml", "*.yml", "Makefile", "appliance/Dockerfile", "appliance/compose/*", "grafana/**/*.*")
+    texts = [p for pattern in patterns for p in ROOT.glob(pattern)]
     texts += [p for folder in ("cdp", "appliance") for p in (ROOT / folder).rglob("*.md")] + FILES
     found = [name(p) for p in texts if p != Path(__file__) and outside.search(p.read_text())]
     assert not found

@@ -25,21 +25,29 @@ _REP_ACK, _REP_INFO = 1, 3
 TIMEOUT_SECONDS = 60.0
 
 
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    return host, int(port)
+
+
 class NbdRefused(Exception):
     """The server refused the export; the text is its reason."""
 
 
 class NbdClient:
-    """`NbdClient(path, "db@seq:4")`; use it as a context manager."""
+    """`NbdClient(path, "db@seq:4")`, or `tcp:host:port` for the path; use it as a context manager."""
 
     def __init__(self, path: Path | str, export: str, timeout: float = TIMEOUT_SECONDS) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+        tcp = str(path).startswith("tcp:")
+        self.socket = socket.socket(socket.AF_INET if tcp else socket.AF_UNIX)
         self.socket.settimeout(timeout)
         self.size = self.flags = 0
         self._cookie = 0
         self._reads: dict[int, int] = {}
         try:
-            self.socket.connect(str(path))
+            self.socket.connect(_host_and_port(str(path)) if tcp else str(path))
+            if tcp:
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._handshake(export.encode())
         except BaseException:
             self.socket.close()

@@ -27,7 +27,9 @@ def stamped(block: int, version: int) -> bytes:
 class StampWriter:
     """Writes random blocks of one volume until told to stop or until its connection breaks."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, pause_seconds: float = 0.0) -> None:
+        """`pause_seconds` after each answer makes it a moderate load."""
+        self._pause_seconds = pause_seconds
         self.blocks = size // BLOCK
         self.acknowledged = [0] * self.blocks
         self.under_way: dict[int, int] = {}  # block → version sent and not answered
@@ -59,6 +61,8 @@ class StampWriter:
                 while len(waiting) < DEPTH and not self._stop.is_set():
                     self._send(client, waiting)
                 self._receive(client, waiting)
+                if self._pause_seconds:
+                    self._stop.wait(self._pause_seconds)
             client.close()
         except (OSError, ConnectionError) as e:
             self.error = e
