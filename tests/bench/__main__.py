@@ -2,9 +2,12 @@
 
     python -m tests.bench                                  # everything, about 40 minutes
     python -m tests.bench --parts protection --rounds 1 --seconds 2   # a smoke test
+    python -m tests.bench --parts kafka                    # the Kafka carrier, about 12 minutes; not part of everything
 
-Parts: protection (the first table), past, rollback, replay, journal, history. Linux; qemu-utils, qemu-system-common,
-nbdkit and fio. Servers run in a fresh folder under --folder, which must be on the disk that is to be measured.
+Parts: protection (the first table), past, rollback, replay, journal, history; kafka-relay, kafka-replay, kafka-latency,
+kafka-outage, kafka-collector (kafka: all of these). Linux; qemu-utils, qemu-system-common, nbdkit and fio; for Kafka a
+Java and Maven, which fetches it. Servers run in a fresh folder under --folder, which must be on the disk that is to be
+measured.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.bench import past, replay, rollback
+from tests.bench.carrier import parts as carrier
+from tests.bench.carrier import tools as kafka_tools
 from tests.bench.cells import JOBS, Cells
 from tests.bench.lag import Steady, steady
 from tests.bench.machine import Peaks, description, fill, processes
 from tests.bench.ours import Ours
 from tests.bench.report import Figure, disturbances, figures_table, memory_figures, protection_table
 from tests.bench.servers import Starter
+from tests.kafka import broker as kafka_broker
 
 # Commands of their own, of one room each, without servers; what they print follows the tables.
 COMMANDS = ("journal", "history")
@@ -83,10 +89,17 @@ def room(name: str, folder: Path) -> None:
 
 def main() -> int:
     options = arguments()
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        print(f"Unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}.", file=sys.stderr)
+    parts = carrier.expanded(options.parts.split(","))
+    known = (*PARTS, *carrier.PARTS)
+    if unknown := set(parts) - set(known):
+        print(f"Unknown parts {', '.join(sorted(unknown))}; there are {', '.join(known)}.", file=sys.stderr)
         return 2
+    lines = list[str]()
+    if set(parts) & set(carrier.PARTS):
+        if why := kafka_broker.missing():
+            print(f"{why[:1].upper()}{why[1:]}.", file=sys.stderr)
+            return 2
+        lines = kafka_tools.description()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers and files go with it
     folder = Path(tempfile.mkdtemp(prefix="cdp-bench-", dir=options.folder))
     peaks, figures = Peaks(), list[Figure]()
@@ -104,8 +117,9 @@ def main() -> int:
                 figures += rollback.measure(folder, peaks)
         if "replay" in parts:
             figures += replay.measure(folder)
+        figures += carrier.measure(parts, folder, options.rounds, options.seconds)
         peaks.stop()
-        show(cells, result, figures + memory_figures(peaks.bytes), options.json)
+        show(cells, result, figures + memory_figures(peaks.bytes), options.json, lines)
         for name in COMMANDS:
             if name in parts:
                 room(name, folder)
@@ -115,10 +129,12 @@ def main() -> int:
     return 0
 
 
-def show(cells: Cells | None, result: Steady | None, figures: list[Figure], json_path: Path | None) -> None:
-    """The tables, as they go into the README."""
+def show(
+    cells: Cells | None, result: Steady | None, figures: list[Figure], json_path: Path | None, lines: list[str]
+) -> None:
+    """The tables, as they go into the README; `lines` about what was measured besides."""
     print(f"Measured {time.strftime('%F')} on:\n")
-    print("\n".join(f"- {line}" for line in description()))
+    print("\n".join(f"- {line}" for line in [*description(), *lines]))
     if cells is not None:
         print("\n" + protection_table(cells.cells, result))
         if noted := disturbances(cells.cells):

@@ -27,11 +27,12 @@ class Ours:
     """The running appliance, and how to bring it to rest between cells."""
 
     def __init__(
-        self, folder: Path, size: int, peaks: Peaks, *, window_size: str = "8GiB", max_size: str = "24GiB"
-    ) -> None:
+        self, folder: Path, size: int, peaks: Peaks, *, window_size: str = "8GiB", max_size: str = "24GiB",
+        journal: str = 'kind = "embedded"',
+    ) -> None:  # fmt: skip
         self.appliance = Appliance(
             folder, {VOLUME: size}, group="benchgroup", window="24h", window_size=window_size,
-            segment_size="64MiB", max_size=max_size,
+            segment_size="64MiB", max_size=max_size, journal=journal,
         )  # fmt: skip
         self.volume, self.peaks = VOLUME, peaks
 

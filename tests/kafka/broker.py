@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.running import die_with_parent, wait_for
@@ -31,15 +33,22 @@ def missing() -> str:
 
 
 def fetch_jars() -> Path:
-    """The folder of Kafka's jars, fetched once from Maven's repository."""
-    if not (JARS / "complete").exists():
+    """The folder of Kafka's jars, fetched once from Maven's repository, and again when other ones are asked for."""
+    pom = HERE / "pom.xml"
+    complete = JARS / f"complete-{zlib.crc32(pom.read_bytes()):08x}"
+    if not complete.exists():
         JARS.mkdir(parents=True, exist_ok=True)
-        command = ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies",
+        command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies",
                    f"-DoutputDirectory={JARS}", "-DincludeScope=runtime"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
         assert done.returncode == 0, f"Maven could not fetch Kafka:\n{done.stdout}\n{done.stderr}"
-        (JARS / "complete").touch()
+        complete.touch()
     return JARS
+
+
+def java(options: Sequence[str], *arguments: str) -> list[str]:
+    """The command that runs one of Kafka's classes with these options of the virtual machine."""
+    return ["java", *options, "-cp", f"{fetch_jars()}/*", *arguments]
 
 
 def free_port() -> int:
@@ -57,10 +66,11 @@ def answers(port: int) -> bool:
 
 
 class Broker:
-    """One node that is broker and controller."""
+    """One node that is broker and controller. `machine` are options of its virtual machine, `settings` more lines for
+    its properties."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, machine: Sequence[str] = HEAP, settings: str = "") -> None:
+        self.folder, self._machine = folder, tuple(machine)
         self.port, controller = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -77,24 +87,27 @@ log.dirs={folder / "data"}
 offsets.topic.replication.factor=1
 auto.create.topics.enable=false
 log.retention.check.interval.ms=1000
+{settings}
 """)
         self._java("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(folder / "server.properties"))
 
-    def _command(self, *arguments: str) -> list[str]:
-        return ["java", *HEAP, "-cp", f"{fetch_jars()}/*", *arguments]
-
     def _java(self, *arguments: str) -> None:
-        done = subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=START_SECONDS)
+        done = subprocess.run(java(HEAP, *arguments), capture_output=True, text=True, timeout=START_SECONDS)
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
 
     def start(self) -> None:
         """Returns when it takes connections."""
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self._command("kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
+                java(self._machine, "kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, preexec_fn=die_with_parent,
             )  # fmt: skip
         wait_for(lambda: answers(self.port), f"a broker at {self.address}", START_SECONDS)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
