@@ -9,6 +9,7 @@ all rounds count together. What the answer's own way takes, some ms, is in it.
 
 After a round the topic is read for the seqs and wall times of all batches. With them stands the broker's own time of
 each message (LogAppendTime, the same clock, in ms): exact and of every write, but without the relay's hearing of it.
+Where the lag grows, ages under the load are too short, and this is not: so a row is met only if this is within it too.
 """
 
 from __future__ import annotations
@@ -171,14 +172,15 @@ def measure(folder: Path, broker: Broker, rounds: int, seconds: int) -> list[Fig
     at = f"{rate:,.0f} 4 KiB writes/s, everything on the same cores"
     clock = text(percentiles(found.broker))
     return [
-        _figure(f"a write until it is acknowledged by Kafka, {at} (by the broker's clock {clock})", found.acknowledged,
-                ACKNOWLEDGED_MS_MAX, rate),
-        _figure(f"a write until it can be opened at the replayer, {at}", found.openable, OPENABLE_MS_MAX, rate),
+        _figure(f"a write until it is acknowledged by Kafka, {at} (by the broker's clock {clock})", found,
+                found.acknowledged, ACKNOWLEDGED_MS_MAX),
+        _figure(f"a write until it can be opened at the replayer, {at}", found, found.openable, OPENABLE_MS_MAX),
     ]  # fmt: skip
 
 
-def _figure(what: str, ms: list[float], most: tuple[float, float], rate: float) -> Figure:
+def _figure(what: str, found: Found, ms: list[float], most: tuple[float, float]) -> Figure:
     half, tail = percentiles(ms)
-    met = half < most[0] and tail < most[1] and rate >= 0.98 * RATE
+    within = [h < most[0] and t < most[1] for h, t in ((half, tail), percentiles(found.broker))]
+    met = all(within) and statistics.median(found.rates) >= 0.98 * RATE
     asked = f"p50 < {most[0]:.0f} ms, p99 < {most[1]:.0f} ms"
     return Figure(what, f"{text((half, tail))}, of {len(ms):,} samples", asked, met)
