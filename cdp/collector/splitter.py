@@ -124,15 +124,8 @@ class Splitter(Export):
             group.flusher.flush_comes(volume)
         try:
             first_seq = group.journal.append(b"".join(descriptors), [w[5] for w in writes if w[5]], data_bytes)
-        except JournalFullError as e:
-            group.stop("journal_full", str(e), errno.ENOSPC)
-            return self._refuse(connection, writes, errno.ENOSPC)
-        except OSError as e:
-            group.journal_died(e)
-            return self._refuse(connection, writes, errno.EIO)
-        except StorageError as e:  # a request that no segment can hold
-            group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, e)
-            return self._refuse(connection, writes, errno.EIO)
+        except (OSError, StorageError) as e:
+            return self._refuse(connection, writes, self._not_journaled(e))
         volume.dirty = True
         if volume.lock is None:  # what a rollback copies is nothing that its own VERIFY should make way for
             group.active = True
@@ -142,6 +135,18 @@ class Splitter(Export):
         except BaseException:  # out of memory, or a bug: journaled, and nobody knows what the primary took of it
             self._doubt(writes, first_seq)
             raise
+
+    def _not_journaled(self, error: OSError | StorageError) -> int:
+        """What a failed append means for the group; the errno for clients."""
+        group, volume = self._group, self._volume
+        if isinstance(error, JournalFullError):
+            group.stop("journal_full", str(error), errno.ENOSPC)
+            return errno.ENOSPC
+        if isinstance(error, OSError):
+            group.journal_died(error)
+        else:  # a request that no segment can hold
+            group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, error)
+        return errno.EIO
 
     def _execute(self, connection: Connection, writes: list[Request], first_seq: int, plain: bool) -> None:
         """What is in the journal, onto the primary, and the answers."""
