@@ -6,6 +6,7 @@ from typing import Any
 
 from appliance import paths
 from cdp.config import Config
+from cdp.config_kafka import SECURITY_KEYS
 
 
 def child_settings(role: str, config: Config) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def _kafka(config: Config) -> dict[str, Any] | None:
         "min_insync_replicas": j.min_insync_replicas,
         "retention_ns": j.retention,
         "keep_after_ack_ns": j.keep_after_ack,
+        "security": {name: getattr(j, name) for name in sorted(SECURITY_KEYS)},
     }
 
 

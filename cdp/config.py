@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cdp.config_kafka import SECURITY_KEYS, KafkaSecurity
 from cdp.config_values import Address, Broker, Duration, Name, Path, Primary, Size, format_size
 from cdp.errors import ConfigError
 
@@ -27,9 +28,9 @@ MAX_VOLUMES_IN_GROUP = 64
 # Addresses are for networks and sockets of one machine.
 MAX_ADDRESSES = 8
 # Keys of [journal] that mean something to Kafka alone.
-KAFKA_KEYS = frozenset({
+KAFKA_KEYS = SECURITY_KEYS | {
     "bootstrap_servers", "topic_prefix", "replication_factor", "min_insync_replicas", "retention", "keep_after_ack",
-})  # fmt: skip
+}  # fmt: skip
 # Above this, file offsets and NBD tools begin to differ; no disk is near.
 MAX_VOLUME_BYTES = 1 << 52
 # A sector: what a guest's disk is made of.
@@ -66,7 +67,7 @@ class Replayer(_Section):
     )  # fmt: skip
 
 
-class Journal(_Section):
+class Journal(_Section, KafkaSecurity):
     """`[journal]`"""
 
     kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files: nothing else to run")
@@ -111,6 +112,7 @@ class Journal(_Section):
             raise ValueError('bootstrap_servers is missing; write it like ["kafka-1:9092", "kafka-2:9092"]')
         if self.min_insync_replicas > self.replication_factor:
             raise ValueError("min_insync_replicas must not be greater than replication_factor")
+        self.check_security()
 
 
 class Volume(_Section):
