@@ -162,7 +162,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Secured], Security], str, str]] = {
     "a file that is not there": (
         "TLS", lambda s: Security("SSL", ssl_ca="/nowhere/ca.pem"), "kafka_tls", "/nowhere/ca.pem"
     ),
-    "a file that is no certificate": ("TLS", lambda s: Security("SSL", ssl_ca=str(s.scram_file)), "kafka_tls", "ssl_ca"),
+    "a file that is no certificate": (
+        "TLS", lambda s: Security("SSL", ssl_ca=str(s.scram_file)), "kafka_tls", "ssl_ca"
+    ),
 }  # fmt: skip
 
 
