@@ -14,8 +14,10 @@ from cdp.journal import batch
 from cdp.journal.batch import Batch
 from cdp.journal.reader import EmbeddedReader
 from tests.collector.helpers import MIB, Journal, Runner, qemu_io
+from tests.collector.test_upstream import QemuNbd, upstream
 from tests.support.nbd import FLUSH, NbdClient
 
+__all__ = ["upstream"]
 SIZE = 64 * MIB
 
 
@@ -119,3 +121,15 @@ def test_killed_in_the_middle_of_requests(tmp_path: Path) -> None:
     with runner:
         runner.wait_for("in sync", lambda f: f["state"] == "protected")
     assert equal(runner)
+
+
+def test_onto_an_upstream(tmp_path: Path, upstream: QemuNbd) -> None:
+    """Promise 1: a primary that answers later gets a request whole, after its pieces are in the journal."""
+    with Runner(tmp_path, [("db", upstream.uri, 16 * MIB)], small_batches=True) as runner:
+        runner.wait_for("initial sync", lambda f: f["state"] == "protected")
+        done = qemu_io(runner, "write -P 1 0 8M", "write -f -P 2 4M 5M", "write -P 3 9 2M", "flush", "read -P 2 5M 4M")
+        assert done.returncode == 0, done.stdout
+        runner.command("verify", volume="db")
+    journal = Journal(runner.journal, {0: 16 * MIB})
+    assert bytes(journal.images[0]) == upstream.path.read_bytes()
+    assert sum(1 for r in journal.of(batch.WRITE) if not r.flags & batch.CONTINUED) == 3
