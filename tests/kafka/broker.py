@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +34,22 @@ def missing() -> str:
 
 
 def fetch_jars() -> Path:
-    """The folder of Kafka's jars, fetched once from Maven's repository."""
-    if not (JARS / "complete").exists():
+    """The folder of Kafka's jars, fetched once from Maven's repository, and again when other ones are asked for."""
+    pom = HERE / "pom.xml"
+    complete = JARS / f"complete-{zlib.crc32(pom.read_bytes()):08x}"
+    if not complete.exists():
         JARS.mkdir(parents=True, exist_ok=True)
-        command = ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies",
+        command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies",
                    f"-DoutputDirectory={JARS}", "-DincludeScope=runtime"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
         assert done.returncode == 0, f"Maven could not fetch Kafka:\n{done.stdout}\n{done.stderr}"
-        (JARS / "complete").touch()
+        complete.touch()
     return JARS
+
+
+def java(options: Sequence[str], *arguments: str) -> list[str]:
+    """The command that runs one of Kafka's classes with these options of the virtual machine."""
+    return ["java", *options, "-cp", f"{fetch_jars()}/*", *arguments]
 
 
 def free_port() -> int:
@@ -72,22 +80,23 @@ def nodes(count: int) -> list[Node]:
 
 
 class Broker:
-    """One node. `listeners` are those besides PLAINTEXT, which the brokers themselves use: name to protocol."""
+    """One node, alone or of a `cluster`. `machine` are options of its virtual machine, `settings` more lines for its
+    properties, `listeners` those besides PLAINTEXT, which the brokers themselves use: name to protocol."""
 
     def __init__(
         self,
         folder: Path,
+        machine: Sequence[str] = HEAP,
+        settings: str = "",
+        *,
         cluster: Sequence[Node] = (),
         number: int = 1,
-        *,
         listeners: Mapping[str, str] | None = None,
-        settings: Sequence[str] = (),
         format_options: Sequence[str] = (),
-        heap: Sequence[str] = HEAP,
     ) -> None:
         cluster = cluster or nodes(1)
         (own,) = [node for node in cluster if node.number == number]
-        self.folder, self.port, self._heap = folder, own.port, heap
+        self.folder, self.port, self._machine = folder, own.port, tuple(machine)
         self.address = f"127.0.0.1:{self.port}"
         protocols = {"PLAINTEXT": "PLAINTEXT", **(listeners or {})}
         self.addresses = {name: f"127.0.0.1:{own.port if name == 'PLAINTEXT' else free_port()}" for name in protocols}
@@ -108,16 +117,13 @@ log.dirs={folder / "data"}
 offsets.topic.replication.factor=1
 auto.create.topics.enable=false
 log.retention.check.interval.ms=1000
-{chr(10).join(settings)}
+{settings}
 """)
         configured = ("-t", CLUSTER_ID, "-c", str(folder / "server.properties"))
         self._java("kafka.tools.StorageTool", "format", *configured, *format_options)
 
-    def _command(self, *arguments: str) -> list[str]:
-        return ["java", *self._heap, "-cp", f"{fetch_jars()}/*", *arguments]
-
     def _java(self, *arguments: str) -> None:
-        done = subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=START_SECONDS)
+        done = subprocess.run(java(self._machine, *arguments), capture_output=True, text=True, timeout=START_SECONDS)
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
 
     def start(self) -> None:
@@ -128,7 +134,7 @@ log.retention.check.interval.ms=1000
     def launch(self) -> None:
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self._command("kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
+                java(self._machine, "kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, preexec_fn=die_with_parent,
             )  # fmt: skip
 
@@ -138,6 +144,11 @@ log.retention.check.interval.ms=1000
     @property
     def running(self) -> bool:
         return self._process is not None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None

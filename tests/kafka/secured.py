@@ -75,7 +75,7 @@ class Secured:
             folder / "broker",
             listeners={"TLS": "SSL", "MUTUAL": "SSL", "OTHER": "SSL", "SASLTLS": "SASL_SSL",
                        "SASLCLEAR": "SASL_PLAINTEXT"},
-            settings=settings, format_options=scram,
+            settings="\n".join(settings), format_options=scram,
         )  # fmt: skip
 
     def address(self, listener: str) -> str:

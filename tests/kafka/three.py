@@ -12,10 +12,13 @@ from tests.kafka.broker import Broker, nodes
 _numbers = itertools.count(1)
 HEAP = ("-Xms64m", "-Xmx256m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 # A node that is gone is noticed within seconds; the defaults are made for larger clusters and busier networks.
-SETTINGS = (
-    "broker.session.timeout.ms=6000", "broker.heartbeat.interval.ms=1000", "replica.lag.time.max.ms=6000",
-    "num.network.threads=2", "num.io.threads=2", "num.replica.fetchers=1",
-)  # fmt: skip
+SETTINGS = """\
+broker.session.timeout.ms=6000
+broker.heartbeat.interval.ms=1000
+replica.lag.time.max.ms=6000
+num.network.threads=2
+num.io.threads=2
+"""
 
 
 class Three:
@@ -24,7 +27,7 @@ class Three:
     def __init__(self, folder: Path) -> None:
         cluster = nodes(3)
         self.nodes = {
-            node.number: Broker(folder / f"node-{node.number}", cluster, node.number, settings=SETTINGS, heap=HEAP)
+            node.number: Broker(folder / f"node-{node.number}", HEAP, SETTINGS, cluster=cluster, number=node.number)
             for node in cluster
         }
 
