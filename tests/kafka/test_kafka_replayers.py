@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdp.journal import consumers
+from cdp.journal.batch import CONTINUED
 from cdp.journal.kafka.cluster import Cluster
 from cdp.journal.kafka.place import load
 from cdp.journal.kafka.reader import KafkaReader
@@ -97,4 +98,38 @@ def test_each_has_its_place_and_its_window(cluster: Cluster, tmp_path: Path, fee
     finally:
         for site in sites:
             site.replayer.stop()
+        relay.stop()
+
+
+def test_a_request_that_a_collector_left_in_the_middle(cluster: Cluster, tmp_path: Path, feed: Feed) -> None:
+    """Promise 6: its pieces are in messages of their own; no point is offered inside, over a restart either, until
+    something else follows."""
+    relay = Relay(cluster, feed.folder, keep_ns=0, max_kept_bytes=1 << 30)
+    relay.start()
+    site = Site(tmp_path / "site", cluster, None)
+    replayer = site.replayer
+
+    def newest() -> int:
+        found = replayer.history.timeline.newest()
+        return found.seq if found is not None else 0
+
+    try:
+        feed.write(1, 0, os.urandom(SIZE))
+        before = feed.flush()
+        half = SIZE // 2
+        for _ in range(2):
+            feed.write(1, 0, os.urandom(half), CONTINUED)
+            inside = feed.flush()
+            assert replayer.wait_applied(inside, SECONDS)
+        assert newest() == before
+        replayer.stop()
+        replayer.start()
+        assert replayer.wait_applied(inside, SECONDS) and newest() == before
+        feed.volume(1, "db", SIZE)
+        after = feed.flush()
+        assert replayer.wait_applied(after, SECONDS) and newest() == after
+        assert site.reads(after) == feed.now[1] and site.reads(before) == feed.model[before][1]
+        assert replayer.history.timeline.whole_request(inside) == before
+    finally:
+        replayer.stop()
         relay.stop()
