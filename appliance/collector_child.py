@@ -23,8 +23,9 @@ def make(settings: dict[str, Any]) -> tuple[Collector, Collector]:
         for group in settings["groups"]
     ]
     collector = Collector(
-        settings["state_dir"], groups, segment_bytes=settings["segment_size"], max_bytes=settings["max_size"]
-    )
+        settings["state_dir"], groups, segment_bytes=settings["segment_size"], max_bytes=settings["max_size"],
+        small_batches=settings["kafka"] is not None,
+    )  # fmt: skip
     return collector, collector
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from cdp.journal.kafka.cluster import Cluster
+from cdp.journal.kafka.security import Security
 
 
 def cluster_of(settings: dict[str, Any], group: str) -> Cluster:
@@ -19,4 +20,5 @@ def cluster_of(settings: dict[str, Any], group: str) -> Cluster:
         replication_factor=kafka["replication_factor"],
         min_insync_replicas=kafka["min_insync_replicas"],
         retention_ms=kafka["retention_ns"] // 10**6,
+        security=Security(**kafka["security"]),
     )

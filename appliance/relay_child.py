@@ -14,6 +14,7 @@ from appliance import child, paths
 from appliance.control import Done
 from appliance.kafka_settings import cluster_of
 from appliance.priority import lower_priority
+from appliance.together import together
 from cdp import storage
 from cdp.errors import NotFoundError
 from cdp.journal.kafka.relay import Relay
@@ -66,8 +67,7 @@ class RelayService:
         """Idempotent."""
         if self._lock < 0:
             return
-        for relay in self._relays.values():
-            relay.stop()
+        together([relay.stop for relay in self._relays.values()])
         os.close(self._lock)
         self._lock = -1
 

@@ -15,6 +15,7 @@ from appliance import child, paths
 from appliance.control import Done
 from appliance.priority import lower_priority
 from appliance.replayer_commands import Commands, GroupSource
+from appliance.together import together
 from cdp import storage
 from cdp.journal.reader import EmbeddedReader
 from cdp.nbd.loop import Loop
@@ -85,8 +86,7 @@ class ReplayerService:
     def stop(self) -> None:
         """Commits every group; idempotent."""
         self._commands.close()
-        for replayer in self._groups.values():
-            replayer.stop()
+        together([replayer.stop for replayer in self._groups.values()])
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

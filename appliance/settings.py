@@ -8,6 +8,7 @@ from typing import Any
 from appliance import paths
 from appliance.reaching import Reach
 from cdp.config import Config, Group
+from cdp.config_kafka import SECURITY_KEYS
 from cdp.config_sections import Collector, Replayer
 
 
@@ -57,6 +58,7 @@ def _kafka(config: Config) -> dict[str, Any] | None:
         "min_insync_replicas": j.min_insync_replicas,
         "retention_ns": j.retention,
         "keep_after_ack_ns": j.keep_after_ack,
+        "security": {name: getattr(j, name) for name in sorted(SECURITY_KEYS)},
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from cdp import config_file
+from cdp.config_kafka import SECURITY_KEYS, KafkaSecurity
 from cdp.config_sections import MAX_ADDRESSES, Appliance, Collector, Control, Relay, Replayer, Section
 from cdp.config_values import Broker, Duration, Name, Primary, Size, is_loopback
 from cdp.errors import ConfigError
@@ -24,9 +25,9 @@ MAX_GROUPS = 16
 # Volumes of a group share one journal stream and one intent map.
 MAX_VOLUMES_IN_GROUP = 64
 # Keys of [journal] that mean something to Kafka alone.
-KAFKA_KEYS = frozenset({
+KAFKA_KEYS = SECURITY_KEYS | {
     "bootstrap_servers", "topic_prefix", "replication_factor", "min_insync_replicas", "retention", "keep_after_ack",
-})  # fmt: skip
+}  # fmt: skip
 # Keys of a group that mean something to ack = "replicated" alone.
 REPLICATED_KEYS = frozenset({"replicated_timeout", "replicated_fallback"})
 # Above this, file offsets and NBD tools begin to differ; no disk is near.
@@ -35,7 +36,7 @@ MAX_VOLUME_BYTES = 1 << 52
 SECTOR_BYTES = 512
 
 
-class Journal(Section):
+class Journal(Section, KafkaSecurity):
     """`[journal]`"""
 
     kind: Literal["embedded", "kafka"] = Field(default="embedded", description="segment files: nothing else to run")
@@ -80,6 +81,7 @@ class Journal(Section):
             raise ValueError('bootstrap_servers is missing; write it like ["kafka-1:9092", "kafka-2:9092"]')
         if self.min_insync_replicas > self.replication_factor:
             raise ValueError("min_insync_replicas must not be greater than replication_factor")
+        self.check_security()
 
 
 class Volume(Section):

@@ -132,11 +132,12 @@ class RefusedWrites:
         if content is None:
             group.stop("read_back", f"What {volume.name} holds after a refused write cannot be read: {error}.")
             return
-        records = sync_records(volume.id, refused.offset, content)
         again = storage.monotonic_ns() - volume.refused_ns < STORM_NS
+        # A batch for each, which any carrier can hold; readers see none of them before the last one is durable.
+        records = sync_records(volume.id, refused.offset, content)
         if not volume.in_gap:  # else this is withheld already, and another GAP would end that
             records.append(_gap(volume, batch.OPEN if again else 0, refused.seq))
-        if not group.try_append(records):
+        if not all(group.try_append([record]) for record in records):
             return
         self._dealt_with(refused)
         volume.refused_ns = storage.monotonic_ns()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cdp import storage
 from cdp.collector import locks
 from cdp.collector.commands import Commands
+from cdp.collector.cutting import CuttingSplitter
 from cdp.collector.figures import figures_of
 from cdp.collector.flusher import SYNC_SECONDS, SYNC_THREADS
 from cdp.collector.group import CHECKPOINT_CONSUMER, Group
@@ -43,12 +44,16 @@ class Collector:
 
     checkpoint_consumer = CHECKPOINT_CONSUMER
 
-    def __init__(self, state_dir: str, groups: list[GroupSpec], *, segment_bytes: int, max_bytes: int) -> None:
-        """Raises ConfigError."""
+    def __init__(
+        self, state_dir: str, groups: list[GroupSpec], *, segment_bytes: int, max_bytes: int,
+        small_batches: bool = False,
+    ) -> None:  # fmt: skip
+        """`small_batches`: each fits into a carrier's message (see `batch.MESSAGE_DATA_BYTES`). Raises ConfigError."""
         _check(groups)
         self._folder = f"{state_dir}/collector"
         self._specs = groups
         self._segment_bytes, self._max_bytes = segment_bytes, max_bytes
+        self._splitter = CuttingSplitter if small_batches else Splitter
         self.groups: dict[str, Group] = {}
         self._resyncs: list[Resyncs] = []
         self._splitters: dict[str, Splitter] = {}
@@ -93,7 +98,7 @@ class Collector:
             self._loop.every(LOOK_SECONDS, group.replicated.look)
         for volume in group.volumes:
             self._attach(group, volume)
-            self._splitters[volume.name] = Splitter(volume, group, self._reads)
+            self._splitters[volume.name] = self._splitter(volume, group, self._reads)
             if volume.sync is not None and not volume.refuse:
                 resyncs.go_on(volume, group.journal.last_seq)
 

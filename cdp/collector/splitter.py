@@ -135,25 +135,16 @@ class Splitter(Export):
         if not writes:
             return
         group, volume = self._group, self._volume
-        if clean:
-            missing = self._intent.missing((w[3], w[4]) for w in writes if w[0] != wire.FLUSH)
-            if missing:
-                return self._defer(connection, writes, descriptors, data_bytes, plain, missing)
+        if clean and (missing := self._missing(writes)):
+            return self._defer(connection, writes, descriptors, data_bytes, plain, missing)
         if volume.refuse or group.refuse:
             return self._refuse(connection, writes, volume.refuse or group.refuse)
         if writes[0][0] == wire.FLUSH:
             group.flusher.flush_comes(volume)
         try:
             first_seq = group.journal.append(b"".join(descriptors), [w[5] for w in writes if w[5]], data_bytes)
-        except JournalFullError as e:
-            group.stop(JOURNAL_FULL, str(e), errno.ENOSPC)
-            return self._refuse(connection, writes, errno.ENOSPC)
-        except OSError as e:
-            group.journal_died(e)
-            return self._refuse(connection, writes, errno.EIO)
-        except StorageError as e:  # a request that no segment can hold
-            group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, e)
-            return self._refuse(connection, writes, errno.EIO)
+        except (OSError, StorageError) as e:
+            return self._refuse(connection, writes, self._not_journaled(e))
         volume.dirty = True
         if volume.lock is None:  # what a rollback copies is nothing that its own VERIFY should make way for
             group.active = True
@@ -163,6 +154,9 @@ class Splitter(Export):
         except BaseException:  # out of memory, or a bug: journaled, and nobody knows what the primary took of it
             self._doubt(writes, first_seq)
             raise
+
+    def _missing(self, writes: list[Request]) -> list[Region]:
+        return self._intent.missing((w[3], w[4]) for w in writes if w[0] != wire.FLUSH)
 
     def _defer(
         self, connection: Connection, writes: list[Request], descriptors: list[bytes], data_bytes: int, plain: bool,
@@ -195,6 +189,17 @@ class Splitter(Export):
         self._group.said.add(("intent", self._volume.id), logging.ERROR, text, self._volume.name, error)
         for request in writes:
             connection.fail(request[2], getattr(error, "errno", None) or errno.EIO)
+    def _not_journaled(self, error: OSError | StorageError) -> int:
+        """What a failed append means for the group; the errno for clients."""
+        group, volume = self._group, self._volume
+        if isinstance(error, JournalFullError):
+            group.stop(JOURNAL_FULL, str(error), errno.ENOSPC)
+            return errno.ENOSPC
+        if isinstance(error, OSError):
+            group.journal_died(error)
+        else:  # a request that no segment can hold
+            group.said.add(("too large", volume.id), logging.ERROR, "volume %s: %s", volume.name, error)
+        return errno.EIO
 
     def _execute(self, connection: Connection, writes: list[Request], first_seq: int, plain: bool) -> None:
         """What is in the journal, onto the primary, and the answers."""

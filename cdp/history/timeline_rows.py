@@ -6,7 +6,8 @@ Big-endian keys, so that rows stand in the order of their seqs::
     N name                 seq                              a bookmark;   n seq -> name
     E name                 seq                              an expired bookmark;   e seq name -> nothing
     V volume seq           nothing                          a barrier of that volume
-    W first_seq            last seq                         a request that was split: inside of it is no point
+    W first_seq            last seq                         a request that was split: inside of it is no point; while
+                                                            its last piece is not there, beyond the last record
     Z volume seq           size u64, name                   a volume's size from here on
     G volume from_seq      to_seq u64 (0: open), seq of the record that made the row u64, JSON {"code", "text"}
     K begin_seq            end_seq u64 (0: runs), flags u8, JSON of ROLLBACK_BEGIN
@@ -88,6 +89,7 @@ class TimelineWriter:
         step = next(rows_back(cursor, b"C", SEQ.pack(MAX_SEQ)), None)
         self._ahead_ns = STEP_VALUE.unpack(step[1])[1] if step else 0
         self._expired = sum(1 for _ in rows(cursor, b"e"))
+        self._open_split = _open_split(cursor)
 
     # --- bundles
 
@@ -100,10 +102,21 @@ class TimelineWriter:
         self._clock_steps(batches, puts)
         described = np.frombuffer(bundle.descriptors, DESCRIPTOR)
         kinds, flags = described["kind"], described["flags"]
+        first_seq = int(batches["first_seq"][0])
+        split = self._go_on_with_split(first_seq, flags, puts) if self._open_split else 0
         telling = ((kinds != WRITE) & (kinds != ZERO)) | ((flags & (FUA | CONTINUED)) != 0)
         if telling.any():
-            self._records(bundle, int(batches["first_seq"][0]), described, np.flatnonzero(telling), puts)
+            self._records(bundle, first_seq, split, described, np.flatnonzero(telling), puts)
         return puts
+
+    def _go_on_with_split(self, first_seq: int, flags: Array, puts: Puts) -> int:
+        """The request that the bundle before left unfinished: its end. Where its collector died in the middle, that is
+        whatever record comes next: what stands before it is what the primary got, too."""
+        end = first_seq + _end_of_split(flags, 0)
+        puts.append((b"W" + SEQ.pack(self._open_split), SEQ.pack(end)))
+        if end < first_seq + len(flags):
+            self._open_split = 0
+        return end
 
     def _batch_rows(self, batches: Array) -> Puts:
         keys, values = np.empty(len(batches), _BATCH_KEYS), np.empty(len(batches), _BATCH_VALUES)
@@ -121,8 +134,11 @@ class TimelineWriter:
                 self._ahead_ns = now if abs(now) > CLOCK_STEP_NS else 0
                 puts.append((b"C" + SEQ.pack(seq), STEP_VALUE.pack(order_ns, self._ahead_ns)))
 
-    def _records(self, bundle: Bundle, first_seq: int, described: Array, telling: Array, puts: Puts) -> None:
-        notes, at, split = memoryview(bundle.notes), 0, 0
+    def _records(
+        self, bundle: Bundle, first_seq: int, split: int, described: Array, telling: Array, puts: Puts
+    ) -> None:
+        """`split`: where a request from the bundle before ends."""
+        notes, at = memoryview(bundle.notes), 0
         for i, (kind, flags, volume, data_bytes, offset, length) in zip(
             telling.tolist(), described[telling].tolist(), strict=True
         ):
@@ -136,8 +152,10 @@ class TimelineWriter:
             elif kind in DESCRIBING:
                 self._describing(kind, flags, volume, offset, length, seq, data, puts)
             if flags & CONTINUED and kind in (WRITE, ZERO) and seq > split:
-                split = first_seq + _end_of_split(described, i)
+                split = first_seq + _end_of_split(described["flags"], i)
                 puts.append((b"W" + SEQ.pack(seq), SEQ.pack(split)))
+                if split == first_seq + len(described):
+                    self._open_split = seq
 
     def _describing(
         self, kind: int, flags: int, volume: int, offset: int, length: int, seq: int, data: bytes, puts: Puts
@@ -245,13 +263,23 @@ def _json(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _end_of_split(described: Array, i: int) -> int:
-    """Index of the last piece of the request whose first piece is at `i`."""
-    volume = int(described["volume"][i])
-    for j in range(i, len(described)):
-        if int(described["volume"][j]) == volume and not int(described["flags"][j]) & CONTINUED:
+def _end_of_split(flags: Array, i: int) -> int:
+    """Index of the last piece of the request that goes on at `i`; behind the end if it is not there. The pieces of a
+    request follow each other, in one batch or several."""
+    for j in range(i, len(flags)):
+        if not int(flags[j]) & CONTINUED:
             return j
-    return len(described) - 1
+    return len(flags)
+
+
+def _open_split(cursor: Cursor) -> int:
+    """The first seq of the request of which the newest record is a piece, and not the last one; 0 if there is none."""
+    batch = next(rows_back(cursor, b"S", SEQ.pack(MAX_SEQ)), None)
+    split = next(rows_back(cursor, b"W", SEQ.pack(MAX_SEQ)), None)
+    if batch is None or split is None:
+        return 0
+    last_seq = SEQ.unpack(batch[0])[0] + BATCH_VALUE.unpack(batch[1])[1] - 1
+    return int(SEQ.unpack(split[0])[0]) if SEQ.unpack(split[1])[0] > last_seq else 0
 
 
 def _until(found: Rows, end: bytes) -> Rows:

@@ -46,6 +46,8 @@ DESCRIPTOR_BYTES = DESCRIPTOR.size
 MAX_DATA_BYTES = 34 << 20
 # One receive buffer of a few MiB holds at most some 100,000 requests without payload (28 bytes each).
 MAX_RECORDS = 1 << 17
+# Where a carrier limits its messages, a batch holds no more than this: a record of a MiB, or many small ones.
+MESSAGE_DATA_BYTES, MESSAGE_RECORDS = 1 << 20, 4096
 
 # Kinds of record. A reader that meets another one stops.
 WRITE, ZERO, BARRIER, BOOKMARK, VERIFY, SYNC, HEARTBEAT, ROLLBACK_BEGIN, ROLLBACK_END, RESIZE, GAP = range(1, 12)

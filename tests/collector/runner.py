@@ -95,8 +95,9 @@ def main() -> None:
         for g in config["groups"]
     ]
     collector = Collector(
-        config["state"], groups, segment_bytes=config["segment_bytes"], max_bytes=config["max_bytes"]
-    )
+        config["state"], groups, segment_bytes=config["segment_bytes"], max_bytes=config["max_bytes"],
+        small_batches=config.get("small_batches", False),
+    )  # fmt: skip
     loop = Loop(collector, Limits())
     try:
         collector.start(loop)

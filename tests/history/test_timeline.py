@@ -117,6 +117,47 @@ def test_all_kinds(group: Group, how: str) -> None:
     assert [(r.begin, r.end, r.target_seq) for r in timeline.rollbacks()] == [(15, 17, 3)]
 
 
+@pytest.mark.parametrize("how", ["as it is", "reopened", "rebuilt"])
+def test_a_split_request_in_several_batches(group: Group, how: str) -> None:
+    """Promise 6: no point inside of it, while its end is not there either."""
+    timeline = group.history.timeline
+
+    def check(newest: int, requests: list[int]) -> None:
+        nonlocal timeline
+        if how != "as it is":
+            reopened(group, how)
+            timeline = group.history.timeline
+        assert timeline.newest() == Point(newest, timeline.time_of(newest))
+        assert [timeline.whole_request(seq) for seq in range(2, 2 + len(requests))] == requests
+
+    more = journal.CONTINUED
+    group.bundle([resize(10 << 20, "db"), bookmark("one")])  # 1-2
+    group.bundle([write(0, DATA, flags=more)], [write(1, DATA, flags=more)])  # 3-4
+    check(2, [2, 2, 2])
+    group.bundle([write(2, DATA, flags=more)])  # 5
+    check(2, [2, 2, 2, 2])
+    group.bundle([write(3, DATA), write(9, DATA)], [write(4, DATA, flags=more)])  # 6-8
+    check(7, [2, 2, 2, 2, 6, 7, 7])
+    group.bundle([resize(11 << 20, "db")], [write(5, DATA, flags=more)], [write(6, DATA)])  # 9-11: it died behind 8
+    check(11, [2, 2, 2, 2, 6, 7, 7, 9, 9, 11])
+
+
+def test_a_cut_inside_a_split_request(group: Group) -> None:
+    """Promise 6: what comes then instead of its end ends it."""
+    more = journal.CONTINUED
+    group.bundle([resize(1 << 20, "db"), write(0, DATA)])
+    group.bundle([write(0, DATA, flags=more)])
+    group.bundle([write(1, DATA, flags=more)], [write(2, DATA)])
+    group.history.close()
+    group.history = group.open()
+    group.put_back(3)
+    group.history.applied_seq = 3
+    timeline = group.history.timeline
+    assert timeline.newest() == Point(2, timeline.time_of(2))
+    group.bundle([resize(2 << 20, "db")])
+    assert timeline.newest() == Point(4, timeline.time_of(4)) and timeline.whole_request(3) == 2
+
+
 def test_cut_opens_again_what_ended_later(group: Group) -> None:
     group.bundle([resize(1 << 20, "db"), gap(0, 0, True)], [rollback_begin(1)])
     group.bundle([gap(0, 2, False)], [rollback_end(3)], [bookmark("late"), resize(2 << 20, "db"), BARRIER])

@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.running import die_with_parent, wait_for
@@ -65,44 +66,84 @@ def answers(port: int) -> bool:
     return True
 
 
-class Broker:
-    """One node that is broker and controller. `machine` are options of its virtual machine, `settings` more lines for
-    its properties."""
+@dataclass(frozen=True)
+class Node:
+    """Of a cluster whose nodes are all both broker and controller; everything listens on loopback."""
 
-    def __init__(self, folder: Path, machine: Sequence[str] = HEAP, settings: str = "") -> None:
-        self.folder, self._machine = folder, tuple(machine)
-        self.port, controller = free_port(), free_port()
+    number: int
+    port: int
+    controller_port: int
+
+
+def nodes(count: int) -> list[Node]:
+    return [Node(number, free_port(), free_port()) for number in range(1, count + 1)]
+
+
+class Broker:
+    """One node, alone or of a `cluster`. `machine` are options of its virtual machine, `settings` more lines for its
+    properties, `listeners` those besides PLAINTEXT, which the brokers themselves use: name to protocol."""
+
+    def __init__(
+        self,
+        folder: Path,
+        machine: Sequence[str] = HEAP,
+        settings: str = "",
+        *,
+        cluster: Sequence[Node] = (),
+        number: int = 1,
+        listeners: Mapping[str, str] | None = None,
+        format_options: Sequence[str] = (),
+    ) -> None:
+        cluster = cluster or nodes(1)
+        (own,) = [node for node in cluster if node.number == number]
+        self.folder, self.port, self._machine = folder, own.port, tuple(machine)
         self.address = f"127.0.0.1:{self.port}"
+        protocols = {"PLAINTEXT": "PLAINTEXT", **(listeners or {})}
+        self.addresses = {name: f"127.0.0.1:{own.port if name == 'PLAINTEXT' else free_port()}" for name in protocols}
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True)
+        ours = ",".join(f"{name}://{address}" for name, address in self.addresses.items())
+        voters = ",".join(f"{node.number}@127.0.0.1:{node.controller_port}" for node in cluster)
         (folder / "server.properties").write_text(f"""\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://{self.address}
+node.id={number}
+controller.quorum.voters={voters}
+listeners={ours},CONTROLLER://127.0.0.1:{own.controller_port}
+advertised.listeners={ours}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,{",".join(f"{n}:{p}" for n, p in protocols.items())}
 log.dirs={folder / "data"}
 offsets.topic.replication.factor=1
 auto.create.topics.enable=false
 log.retention.check.interval.ms=1000
 {settings}
 """)
-        self._java("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(folder / "server.properties"))
+        configured = ("-t", CLUSTER_ID, "-c", str(folder / "server.properties"))
+        self._java("kafka.tools.StorageTool", "format", *configured, *format_options)
 
     def _java(self, *arguments: str) -> None:
-        done = subprocess.run(java(HEAP, *arguments), capture_output=True, text=True, timeout=START_SECONDS)
+        done = subprocess.run(java(self._machine, *arguments), capture_output=True, text=True, timeout=START_SECONDS)
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
 
     def start(self) -> None:
         """Returns when it takes connections."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
                 java(self._machine, "kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, preexec_fn=die_with_parent,
             )  # fmt: skip
+
+    def wait_ready(self) -> None:
         wait_for(lambda: answers(self.port), f"a broker at {self.address}", START_SECONDS)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
 
     @property
     def pid(self) -> int:

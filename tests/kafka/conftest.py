@@ -11,6 +11,7 @@ import pytest
 
 from cdp.journal.kafka.cluster import Cluster
 from tests.kafka.broker import Broker, missing
+from tests.kafka.secured import Secured
 
 _numbers = itertools.count(1)
 HERE = Path(__file__).parent
@@ -51,6 +52,16 @@ def broker(kafka_folder: Path) -> Iterator[Broker]:
 def own_broker(kafka_folder: Path) -> Iterator[Broker]:
     """To be killed and frozen."""
     yield from started(kafka_folder / f"own-{next(_numbers)}")
+
+
+@pytest.fixture(scope="session")
+def secured(kafka_folder: Path) -> Iterator[Secured]:
+    made = Secured(kafka_folder / "secured")
+    try:
+        made.broker.start()
+        yield made
+    finally:
+        made.broker.kill()
 
 
 def cluster_at(found: Broker) -> Cluster:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kafka.admin import ConfigResource, ConfigResourceType
 
 from cdp.errors import CdpError
-from cdp.journal.batch import DESCRIPTOR, WRITE, Batch
+from cdp.journal.batch import BARRIER, DESCRIPTOR, MESSAGE_DATA_BYTES, MESSAGE_RECORDS, WRITE, Batch
 from cdp.journal.chain import Chain
 from cdp.journal.kafka import topic
 from cdp.journal.kafka.cluster import Cluster
@@ -139,8 +142,28 @@ def test_a_reader_goes_on_at_its_place(tmp_path: Path, cluster: Cluster) -> None
         carrier.close()
 
 
-def test_the_largest_batch_passes(tmp_path: Path, cluster: Cluster) -> None:
-    """A request of 32 MiB is one batch, and one message."""
+def test_the_largest_batch_of_a_collector_passes(tmp_path: Path, cluster: Cluster) -> None:
+    """One record of a MiB, and as many small ones as may share its batch."""
+    topic.ensure(cluster)
+    writer = support.open_writer(tmp_path / "journal", 1, segment_bytes=4 << 20, max_bytes=1 << 30)
+    relay = Relay(cluster, str(tmp_path / "journal"), keep_ns=0, max_kept_bytes=1 << 30)
+    relay.start()
+    try:
+        data = os.urandom(MESSAGE_DATA_BYTES)
+        small = DESCRIPTOR.pack(BARRIER, 0, 1, 0, 0, 0) * (MESSAGE_RECORDS - 1)
+        writer.append(DESCRIPTOR.pack(WRITE, 0, 1, len(data), 0, len(data)) + small, [data], len(data))
+        support.sync(writer)
+        reader = KafkaReader(cluster, str(tmp_path / "place"), 0)
+        (batch,) = read_to(reader, MESSAGE_RECORDS)
+        assert next(batch.records()).data == data
+        reader.close()
+    finally:
+        relay.stop()
+        writer.close()
+
+
+def test_a_batch_from_before_there_was_kafka(tmp_path: Path, cluster: Cluster) -> None:
+    """Promise 8: an embedded journal has larger batches; the topic's limit is raised for them, then it goes on."""
     topic.ensure(cluster)
     writer = support.open_writer(tmp_path / "journal", 1, segment_bytes=64 << 20, max_bytes=1 << 30)
     relay = Relay(cluster, str(tmp_path / "journal"), keep_ns=0, max_kept_bytes=1 << 30)
@@ -151,6 +174,12 @@ def test_the_largest_batch_passes(tmp_path: Path, cluster: Cluster) -> None:
         descriptors = b"".join(DESCRIPTOR.pack(WRITE, 0, 1, piece, i * piece, piece) for i in range(32))
         writer.append(descriptors, data, 32 * piece)
         support.sync(writer)
+        wait_for(lambda: (relay.reason or {}).get("code") == "message_too_large", f"{relay.figures()}", CARRY_SECONDS)
+        (limit,) = re.findall(r"max\.message\.bytes to (\d+)", (relay.reason or {})["text"])
+        admin = cluster.admin()
+        changed = ConfigResource(ConfigResourceType.TOPIC, cluster.topic, configs={"max.message.bytes": limit})
+        admin.alter_configs([changed], incremental=True)
+        admin.close()
         reader = KafkaReader(cluster, str(tmp_path / "place"), 0)
         (batch,) = read_to(reader, 32)
         assert [bytes(r.data) for r in batch.records()] == data

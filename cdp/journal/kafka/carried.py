@@ -1,7 +1,7 @@
 """What a topic has already: found by its last claim, and read on from there. So a relay keeps no state to lose.
 
-A claim says up to which seq the topic has everything without a hole; a relay renews it every CLAIM_MESSAGES, so there
-is little to read behind it, whatever stands before.
+A claim says up to which seq the topic has everything without a hole; a relay renews it every CLAIM_MESSAGES or
+CLAIM_BYTES, so there is little to read behind it, whatever stands before.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from cdp.errors import StorageError
 from cdp.journal.kafka.cluster import Cluster
 from cdp.journal.kafka.messages import Claim, Follower, decode_claim
 
-# A claim is renewed after so many messages: some 60 MiB of the largest joined ones are read again at a start.
-CLAIM_MESSAGES = 64
-# The last claim is looked for in windows of this many messages, then of eight times as many, and so on.
-_FIRST_WINDOW = 4 * CLAIM_MESSAGES
+# A claim is renewed after so many messages, or so much in them: what is read again at a start, and little of a topic.
+CLAIM_MESSAGES, CLAIM_BYTES = 64, 16 << 20
+# The last claim is looked for in windows of this many messages, then of four times as many, and so on. The first holds
+# CLAIM_BYTES of joined messages twice (some 40 MiB); the second all that can stand behind a claim, and what a relay
+# that lost the topic had in flight.
+_FIRST_WINDOW, _WIDER = 48, 4
 # A read that gets nothing for so long although there is more: the broker is away.
 _STUCK_SECONDS = 30.0
 _POLL_MS = 500
@@ -37,8 +39,7 @@ class Carried(NamedTuple):
 def carried(cluster: Cluster, consumer: Any) -> Carried:
     """Reads the topic's end. Raises StorageError (`topic`: it holds something else), CorruptionError, cluster.AWAY."""
     partition = cluster.partition
-    begin: int = consumer.beginning_offsets([partition])[partition]
-    end: int = consumer.end_offsets([partition])[partition]
+    begin, end = cluster.ends(consumer)
     found = _last_claim(cluster, consumer, begin, end)
     if found is None:
         return Carried(0, 0, None, end)
@@ -66,7 +67,7 @@ def _last_claim(cluster: Cluster, consumer: Any, begin: int, end: int) -> tuple[
             return counts
         if start == begin:
             break
-        window *= 8
+        window *= _WIDER
     if end > begin:
         raise StorageError(
             f"The topic {cluster.topic} holds {end - begin} messages and no relay's claim: it is not a journal's, or "
@@ -81,8 +82,7 @@ def claim_before(cluster: Cluster, consumer: Any, seq: int) -> tuple[int, bytes,
     """(offset, relay, epoch): from where everything behind `seq` is found, by the newest claim that is not beyond it;
     the topic's beginning where there is none. Raises CorruptionError, cluster.AWAY."""
     partition, window = cluster.partition, _FIRST_WINDOW
-    begin: int = consumer.beginning_offsets([partition])[partition]
-    end: int = consumer.end_offsets([partition])[partition]
+    begin, end = cluster.ends(consumer)
     while True:
         start, found = max(begin, end - window), (begin, b"", 0)
         for message in messages(consumer, partition, start, end):
@@ -91,7 +91,7 @@ def claim_before(cluster: Cluster, consumer: Any, seq: int) -> tuple[int, bytes,
                 found = (max(begin, claim.offset), bytes(message.key or b""), claim.epoch)
         if found[1] or start == begin:
             return found
-        window *= 8
+        window *= _WIDER
 
 
 def messages(consumer: Any, partition: Any, start: int, end: int) -> Iterator[Any]:

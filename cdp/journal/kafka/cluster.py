@@ -7,17 +7,23 @@ offsets, no resets. A client that is made connects at once: KafkaError while no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import kafka
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from cdp.errors import StorageError
-from cdp.journal.batch import DESCRIPTOR_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MAX_RECORDS
+from cdp.journal.batch import DESCRIPTOR_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MESSAGE_DATA_BYTES, MESSAGE_RECORDS
+from cdp.journal.kafka import connecting
+from cdp.journal.kafka.security import Security
 
-# The largest batch, and what Kafka puts around a record: a batch is never divided, so the topic must take it whole.
-MAX_MESSAGE_BYTES = HEADER_BYTES + MAX_RECORDS * DESCRIPTOR_BYTES + MAX_DATA_BYTES + (1 << 16)
+# What Kafka puts around a record, and the record's key; there is room to spare.
+MESSAGE_OVERHEAD_BYTES = 1 << 16
+# What a topic must take: a batch is never divided, and the collector makes none that is larger.
+MAX_MESSAGE_BYTES = HEADER_BYTES + MESSAGE_RECORDS * DESCRIPTOR_BYTES + MESSAGE_DATA_BYTES + MESSAGE_OVERHEAD_BYTES
+# What a client of ours takes: batches from when the journal was embedded alone may be as large as the format allows.
+_MAX_CLIENT_BYTES = MAX_DATA_BYTES + (8 << 20)
 # How long a client may take to find a broker, and one request to be answered, before it counts as away.
 BOOTSTRAP_MS = 5_000
 REQUEST_MS = 10_000
@@ -44,6 +50,8 @@ class Cluster:
     replication_factor: int
     min_insync_replicas: int
     retention_ms: int
+    security: Security = Security()
+    failures: connecting.Failures = field(default_factory=connecting.Failures, compare=False, repr=False)
 
     @property
     def partition(self) -> Any:
@@ -55,7 +63,7 @@ class Cluster:
             kafka.KafkaConsumer,
             metrics_enabled=False, group_id=None, enable_auto_commit=False, auto_offset_reset="none",
             fetch_max_wait_ms=500, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES,
-            max_poll_records=64, receive_message_max_bytes=2 * MAX_MESSAGE_BYTES,
+            max_poll_records=64, receive_message_max_bytes=2 * _MAX_CLIENT_BYTES,
         )  # fmt: skip
         made.assign([self.partition])
         return made
@@ -64,7 +72,7 @@ class Cluster:
         """An idempotent producer; every message is sent as it is given. Raises AWAY."""
         return self._made(
             kafka.KafkaProducer, metrics_enabled=False, acks="all", enable_idempotence=True,
-            max_request_size=MAX_MESSAGE_BYTES, batch_size=1, linger_ms=0,
+            max_request_size=_MAX_CLIENT_BYTES, batch_size=1, linger_ms=0,
             delivery_timeout_ms=DELIVERY_MS, max_block_ms=REQUEST_MS,
         )  # fmt: skip
 
@@ -73,11 +81,12 @@ class Cluster:
         return self._made(kafka.KafkaAdminClient)
 
     def _made(self, make: Callable[..., Any], **settings: Any) -> Any:
-        """A client; one that finds no broker leaves its thread and descriptors behind, so they are ended here."""
+        """A client; one that finds no broker leaves its thread and descriptors behind, so they are ended here.
+        Raises StorageError (`kafka_auth`, `kafka_tls`) for files that cannot be used, AWAY."""
         inner: list[Any] = []
 
         def connection(**given: Any) -> Any:
-            inner.append(make.DEFAULT_CONFIG["kafka_client"](**given))  # type: ignore[attr-defined]
+            inner.append(connecting.client(self.failures, **given))
             return inner[-1]
 
         try:
@@ -91,11 +100,25 @@ class Cluster:
         return {
             "bootstrap_servers": list(self.bootstrap_servers), "client_id": "cdp",
             "bootstrap_timeout_ms": BOOTSTRAP_MS, "request_timeout_ms": REQUEST_MS,
-            "reconnect_backoff_max_ms": RECONNECT_MS_MAX,
+            "reconnect_backoff_max_ms": RECONNECT_MS_MAX, **self.security.settings(),
         }  # fmt: skip
 
+    def ends(self, consumer: Any) -> tuple[int, int]:
+        """The offsets of the first message and behind the last one. Raises AWAY."""
+        partition = self.partition
+        try:
+            return consumer.beginning_offsets([partition])[partition], consumer.end_offsets([partition])[partition]
+        except KeyError:  # the broker knew the partition, and then did not
+            raise KafkaTimeoutError(f"no offsets of {self.topic}") from None
+
+    def denied(self, error: BaseException) -> StorageError | None:
+        """The error of security behind an error of a client, None if there is none."""
+        return connecting.explain(error, ", ".join(self.bootstrap_servers), self.security)
+
     def away(self, error: BaseException) -> StorageError:
-        """What is said while no broker answers; the same call may work later."""
+        """What is said while no broker answers, or none lets us in; the same call may work later."""
+        if denied := self.denied(error) or self.failures.explain(self.security):
+            return denied
         servers = ", ".join(self.bootstrap_servers)
         found = StorageError(
             f"Kafka at {servers} cannot be reached for the topic {self.topic}: {type(error).__name__}: {error}.",

@@ -125,11 +125,14 @@ class KafkaReader:
         return self._end
 
     def close(self) -> None:
+        """Idempotent."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
         self._thread.join()
-        os.close(self._event)
+        if self._event >= 0:
+            os.close(self._event)
+            self._event = -1
 
     # --- the thread
 
@@ -180,7 +183,7 @@ class KafkaReader:
     def _seek(self, consumer: Any, topic_id: str) -> None:
         """To the place, or the topic's beginning where there is none in it."""
         partition, place = self._cluster.partition, self._place
-        begin: int = consumer.beginning_offsets([partition])[partition]
+        begin, end = self._cluster.ends(consumer)
         if place is not None and place.topic_id != topic_id:
             log.warning("the topic %s was made anew; it is read from its beginning", self._cluster.topic)
             place, self._seeking, self._lost = None, True, "topic_replaced"
@@ -189,7 +192,7 @@ class KafkaReader:
         elif place is None and begin > 0:
             self._lost = "hole"
         if self._lost:
-            self._lost_until = consumer.end_offsets([partition])[partition]
+            self._lost_until = end
         self._follower.holder, self._follower.epoch = (place.holder, place.epoch) if place else (b"", 0)
         consumer.seek(partition, max(begin, place.offset if place else 0))
 
@@ -217,20 +220,34 @@ class KafkaReader:
                     raise
                 return self._look_back(consumer, topic_id)
             if got:
-                idle_ns = storage.monotonic_ns()
                 self._wait_for_room()
+            if got and not self._follower.jumped_to:
+                idle_ns = storage.monotonic_ns()
             elif storage.monotonic_ns() - idle_ns > IDLE_SECONDS * 1e9:
                 idle_ns = storage.monotonic_ns()
-                end: int = consumer.end_offsets([partition])[partition]  # raises while the broker is away
+                _, end = self._cluster.ends(consumer)  # raises while the broker is away
                 if end < consumer.position(partition):
                     return self._out_of_range(consumer, topic_id)
-                self._set_away(None)
+                self._set_away(self._waiting())
+
+    def _waiting(self) -> CdpError | None:
+        """What is said while the topic has more, but not what follows; None where it has nothing more."""
+        if not self._follower.jumped_to:
+            return None
+        found = StorageError(
+            f"The topic {self._cluster.topic} goes on at seq {self._follower.jumped_to}; what follows seq "
+            f"{self._follower.seq} is not in it yet.",
+            "The relay sends it again by itself: see that it runs.",
+            code="not_carried",
+        )
+        found.retriable = True
+        return found
 
     def _out_of_range(self, consumer: Any, topic_id: str) -> None:
         """The broker lost what was read already, or the topic was made anew: the next connection goes on at its end,
         where the relay says again what was lost."""
         partition = self._cluster.partition
-        end: int = consumer.end_offsets([partition])[partition]
+        _, end = self._cluster.ends(consumer)
         if consumer.position(partition) <= end:
             return  # it lies before the beginning: records expired, which `_seek` says
         log.warning("the topic %s ends at offset %d, before the reader's place", self._cluster.topic, end)
@@ -264,6 +281,7 @@ class KafkaReader:
         fetched = [_Fetched(b, None) for b in batches[:-1]] + [_Fetched(batches[-1], place)]
         last = batches[-1]
         with self._changed:
+            self._away = None
             self._queue.extend(fetched)
             self._queued_bytes += sum(b.batch_bytes for b in batches)
             self._end = max(self._end, (last.last_seq, last.order_ns + last.record_count - 1))

@@ -63,10 +63,14 @@ class Relay:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the life under way; what is in flight is sent again by the next start."""
+        """Ends the life under way; what is in flight is sent again by the next start. Idempotent."""
         self._stop = True
+        if self._wake < 0:
+            return
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        os.close(self._wake)
+        self._wake = -1
 
     def figures(self) -> dict[str, Any]:
         """See Control in the contracts. `state`: `carrying`, `waiting` (goes on by itself), `stopped` or `forked`."""

@@ -11,10 +11,12 @@ import threading
 from collections import deque
 from typing import Any, NamedTuple
 
+from kafka.errors import MessageSizeTooLargeError
+
 from cdp.errors import StorageError
 from cdp.journal.batch import Batch
-from cdp.journal.kafka.carried import CLAIM_MESSAGES
-from cdp.journal.kafka.cluster import REQUEST_MS, Cluster, give_up
+from cdp.journal.kafka.carried import CLAIM_BYTES, CLAIM_MESSAGES
+from cdp.journal.kafka.cluster import MESSAGE_OVERHEAD_BYTES, REQUEST_MS, Cluster, give_up
 from cdp.journal.kafka.messages import Claim
 
 # Sent and not acknowledged: more hides no more of the broker's latency, and is what a failure sends again.
@@ -50,7 +52,7 @@ class Sender:
         self.in_flight_bytes = 0
         self.acked_seq, self.acked_crc = claim.after_seq, claim.crc
         self._next_offset = claim.offset
-        self._since_claim = 0
+        self._since_claim = self._since_claim_bytes = 0
 
     def begin(self) -> None:
         """Claims the topic, and waits for it to have the claim. Raises BrokenOffError when somebody wrote since
@@ -79,11 +81,12 @@ class Sender:
 
     def send(self, batches: list[Batch]) -> None:
         """One message. Raises cluster.AWAY."""
-        if self._since_claim >= CLAIM_MESSAGES:
-            self._since_claim = 0
+        if self._since_claim >= CLAIM_MESSAGES or self._since_claim_bytes >= CLAIM_BYTES:
+            self._since_claim = self._since_claim_bytes = 0
             renewed = self._claim._replace(after_seq=self.acked_seq, crc=self.acked_crc, offset=self._next_offset)
             self._send(renewed.encode(), 0, 0)
         self._since_claim += 1
+        self._since_claim_bytes += sum(b.batch_bytes for b in batches)
         value = batches[0].raw if len(batches) == 1 else b"".join(b.raw for b in batches)
         self._send(bytes(value), batches[-1].last_seq, batches[-1].crc)
 
@@ -105,7 +108,7 @@ class Sender:
             sent = self._sent.popleft()
             self.in_flight_bytes -= sent.size
             if sent.future.failed():
-                raise BrokenOffError(f"A send to {self._cluster.topic} failed: {sent.future.exception!r}.")
+                raise self._failed(sent)
             offset: int = sent.future.value.offset
             if offset != self._next_offset:
                 raise BrokenOffError(
@@ -115,6 +118,20 @@ class Sender:
             self._next_offset = offset + 1
             if sent.last_seq:
                 self.acked_seq, self.acked_crc = sent.last_seq, sent.crc
+
+    def _failed(self, sent: _Sent) -> StorageError:
+        error = sent.future.exception
+        if isinstance(error, MessageSizeTooLargeError):
+            found = StorageError(
+                f"The topic {self._cluster.topic} does not take a message of {sent.size} bytes, up to seq "
+                f"{sent.last_seq}: {error}.",
+                f"Raise its max.message.bytes to {sent.size + MESSAGE_OVERHEAD_BYTES} at least; it goes on by itself.",
+                code="message_too_large",
+            )
+            found.retriable = True
+            return found
+        denied = self._cluster.denied(error)
+        return denied or BrokenOffError(f"A send to {self._cluster.topic} failed: {error!r}.")
 
     def close(self) -> None:
         """Gives up what is in flight: the next life sends it again."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import TopicAlreadyExistsError
+from kafka.errors import NoError, TopicAlreadyExistsError, UnknownTopicOrPartitionError, for_code
 
 from cdp.errors import StorageError
 from cdp.journal.kafka.cluster import MAX_MESSAGE_BYTES, Cluster
@@ -71,7 +71,12 @@ def topic_id(cluster: Cluster) -> str | None:
 
 def _describe(admin: Any, name: str) -> dict[str, Any] | None:
     found: dict[str, Any] = admin.describe_topics([name])[0]
-    return found if found["error_code"] == 0 else None
+    error = for_code(found["error_code"])
+    if error is UnknownTopicOrPartitionError:
+        return None
+    if error is not NoError:
+        raise error(f"{name} cannot be described")
+    return found
 
 
 def _create(admin: Any, cluster: Cluster) -> None:
