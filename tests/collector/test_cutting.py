@@ -77,19 +77,25 @@ def test_many_small_requests_at_once_fit(runner: Runner) -> None:
     assert max(b.record_count for b in found) <= batch.MESSAGE_RECORDS
 
 
-def test_a_journal_that_is_full_in_the_middle(tmp_path: Path) -> None:
-    """Promise 2: the request fails, and what the journal has of it is on the primary; then nothing more is taken."""
+@pytest.mark.parametrize("tracking", [False, True])
+def test_a_journal_that_is_full_in_the_middle(tmp_path: Path, tracking: bool) -> None:
+    """Promises 2 and 10: the request goes to the primary alone; or, where flushes are replicated, it fails, and what
+    the journal has of it is on the primary; then nothing more is taken."""
     runner = Runner(
         tmp_path, [("db", f"file:{tmp_path / 'db.raw'}", SIZE)], small_batches=True, segment_bytes=MIB,
         max_bytes=16 * MIB,
     )  # fmt: skip
+    if not tracking:
+        runner.config["groups"][0]["replicated"] = {"timeout_ns": 10**9, "local_after_timeout": False}
     with runner:
         runner.wait_for("initial sync", lambda f: f["state"] == "protected")
         done = qemu_io(runner, "write -P 7 0 32M")
-        assert "No space left" in done.stdout + done.stderr
+        assert ("No space left" in done.stdout + done.stderr) is not tracking
         figures = runner.figures()
-        assert (figures["state"], figures["reason"]["code"]) == ("stopped", "journal_full")
-    assert equal(runner)
+        assert (figures["state"], figures["reason"]["code"]) == ("tracking" if tracking else "stopped", "journal_full")
+    assert equal(runner) is not tracking
+    if tracking:
+        assert (tmp_path / "db.raw").read_bytes()[: 32 * MIB] == b"\7" * (32 * MIB)
     writes = Journal(runner.journal, {0: SIZE}).of(batch.WRITE)
     assert 1 < len(writes) < 32 and all(r.flags == batch.CONTINUED for r in writes)
 

@@ -180,7 +180,7 @@ def test_a_write_that_breaks_off_behind_the_journal_is_read_back(
     with pytest.raises(MemoryError):
         splitter._commit(connection, list(requests), [
             batch.DESCRIPTOR.pack(batch.WRITE, 0, 0, 8192, r[3], 8192) for r in requests
-        ], 16384, True)  # fmt: skip
+        ], 16384, True, False)  # fmt: skip
     monkeypatch.undo()
     restart.close_group(group)
     journal = Journal(f"{group.folder}/journal", {0: 4 * MIB})
