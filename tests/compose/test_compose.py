@@ -17,7 +17,8 @@ from tests.support.nbd import NbdClient
 from tests.support.running import wait_for
 from tests.support.stamps import StampWriter
 
-pytestmark = [pytest.mark.compose, pytest.mark.timeout(600)]
+# The first one builds the image too.
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 MIB = 1 << 20
 # What the host's tools write, and what the kills are tried on: a part of the volume, so that it can be read whole.
