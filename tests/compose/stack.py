@@ -92,8 +92,12 @@ class Stack:
         return ran.stdout
 
     def up(self) -> None:
-        """Builds the image, starts everything and waits until all are healthy."""
+        """Builds the image, then as `start`."""
         self.done("build", "--quiet", seconds=BUILD_SECONDS)
+        self.start()
+
+    def start(self) -> None:
+        """Everything, until all are healthy."""
         wait = ("--wait", "--wait-timeout", str(UP_SECONDS))
         self.done("up", "--detach", *wait, *self.services, seconds=UP_SECONDS + MARGIN_SECONDS)
 

@@ -143,6 +143,22 @@ def test_every_earlier_point_is_still_what_it_was(stack: Stack, run: Run) -> Non
         run("nbdinfo", "--map", stack.past("db", name))
 
 
+def test_what_is_taken_down_comes_back(stack: Stack, run: Run) -> None:
+    """Every process of cdp ends cleanly when it is told to; `down` without `-v` keeps data, history and secrets."""
+    token = ("exec", "--no-TTY", "relay", "cat", "/run/secrets/cdp/token")
+    run("qemu-io", "-f", "raw", "-c", "write -P 0x77 1M 1M", "-c", "flush", stack.uri("db"))
+    stack.cdp("bookmark", "shop", "kept", "--wait")
+    before = stack.done(*token)
+    stack.done("stop")
+    assert {role: stack.container(role)["State"]["ExitCode"] for role in ROLES} == dict.fromkeys(ROLES, 0)
+    stack.done("down")
+    stack.start()
+    stack.wait_protected()
+    assert stack.done(*token) == before
+    run("qemu-io", "-r", "-f", "raw", "-c", "read -P 0x77 1M 1M", stack.uri("db"))
+    run("qemu-io", "-r", "-f", "raw", "-c", "read -P 0x77 1M 1M", stack.past("db", "kept"))
+
+
 def test_prometheus_reads_everything_that_is_charted(stack: Stack) -> None:
     """All targets are up, and every panel has something to show."""
     jobs = set(prometheus_targets())
