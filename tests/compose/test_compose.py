@@ -59,6 +59,10 @@ def test_it_comes_up_protected(stack: Stack) -> None:
     assert {uid_in(stack, role) for role in ROLES} == {10809}
     assert uid_in(stack, "kafka") and uid_in(stack, "prometheus")
     assert stack.container("secrets")["State"]["ExitCode"] == 0
+    for service in stack.services:
+        named = [m["Name"] for m in stack.container(service)["Mounts"] if m["Type"] == "volume"]
+        unnamed = [name for name in named if not name.startswith(stack.project)]
+        assert not unnamed, f"{service}: `down` would leave {unnamed} behind"
 
 
 def test_the_secrets_were_made_and_are_asked_for(stack: Stack) -> None:
