@@ -215,6 +215,8 @@ class KafkaReader:
             try:
                 for message in got:
                     self._take(message, topic_id)
+                    if self._follower.stranger:
+                        return self._look_back(consumer, topic_id)
             except HoleError:
                 if self._lost or self._looked_back_at == self._follower.seq:
                     raise
@@ -256,13 +258,14 @@ class KafkaReader:
 
     def _look_back(self, consumer: Any, topic_id: str) -> None:
         """To a claim from before what is missing. A broker that lost its tail may have other messages at this reader's
-        offset by now, and stand without a hole when it is read from there."""
+        offset by now, of a relay whose claim stands before it, and no hole when it is read from there."""
         f = self._follower
         self._looked_back_at = f.seq
         offset, holder, epoch = claim_before(self._cluster, consumer, f.seq)
         log.warning("the topic %s is read again from offset %d for seq %d", self._cluster.topic, offset, f.seq + 1)
         self._place = Place(topic_id, offset, f.seq, holder, epoch)
         f.claim, f.jumped_to, f.jumped_bytes = None, 0, 0
+        f.meet(f.stranger or holder)
 
     def _take(self, message: Any, topic_id: str) -> None:
         where = f"{self._cluster.topic} at offset {message.offset}"
