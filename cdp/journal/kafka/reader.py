@@ -246,15 +246,14 @@ class KafkaReader:
         return found
 
     def _out_of_range(self, consumer: Any, topic_id: str) -> None:
-        """The broker lost what was read already, or the topic was made anew: the next connection goes on at its end,
-        where the relay says again what was lost."""
+        """The broker lost what was read already, or the topic was made anew: the next connection goes on before its
+        end, for the relay may have said again by now some of what was lost, or all of it."""
         partition = self._cluster.partition
         _, end = self._cluster.ends(consumer)
         if consumer.position(partition) <= end:
             return  # it lies before the beginning: records expired, which `_seek` says
         log.warning("the topic %s ends at offset %d, before the reader's place", self._cluster.topic, end)
-        f = self._follower
-        self._place = Place(topic_id, end, f.seq, f.holder, f.epoch)
+        self._look_back(consumer, topic_id)
 
     def _look_back(self, consumer: Any, topic_id: str) -> None:
         """To a claim from before what is missing. A broker that lost its tail may have other messages at this reader's
