@@ -26,7 +26,7 @@ from cdp.journal.reader import EmbeddedReader
 from tests.journal import support
 from tests.kafka.broker import Broker
 from tests.kafka.conftest import cluster_at
-from tests.kafka.test_kafka_faults import SECONDS, Lay, lay
+from tests.kafka.test_kafka_faults import SECONDS, Lay, Line, lay
 from tests.support.running import wait_for
 
 __all__ = ["lay"]
@@ -42,16 +42,37 @@ def test_a_broker_that_lost_its_tail_gets_it_again(
     for _ in range(10):
         line.arrives(line.write(3, 2000))
     own_broker.kill()
-    (segment,) = (own_broker.folder / "data").glob(f"{line.cluster.topic}-0/*.log")
-    for index in segment.parent.glob("*.*index"):
-        index.unlink()
-    os.truncate(segment, segment.stat().st_size * 2 // 3)
+    lose_tail(own_broker, line)
     with caplog.at_level(logging.WARNING):
         own_broker.start()
         line.arrives(line.write(5))
         line.arrives(line.write(5))
     assert "is read again from offset" in caplog.text or "before the reader's place" in caplog.text
     assert line.chain.seq == line.writer.last_seq
+
+
+def lose_tail(broker: Broker, line: Line) -> None:
+    (segment,) = (broker.folder / "data").glob(f"{line.cluster.topic}-0/*.log")
+    for index in segment.parent.glob("*.*index"):
+        index.unlink()
+    os.truncate(segment, segment.stat().st_size * 2 // 3)
+
+
+@pytest.mark.slow
+def test_a_reader_that_comes_back_behind_other_messages(own_broker: Broker, lay: Lay) -> None:
+    """Promise 4: where its place was, stand messages of a relay whose claim it has not met, and no later claim."""
+    line = lay(cluster_at(own_broker))
+    for _ in range(10):
+        line.arrives(line.write(3, 2000))
+    line.reader.close()
+    own_broker.kill()
+    lose_tail(own_broker, line)
+    own_broker.start()
+    for _ in range(8):  # a message each: beyond the old place, and before a claim is renewed
+        last = line.write(1)
+        wait_for(lambda seq=last: line.relay.carried_seq == seq, f"carried: {line.relay.figures()}", SECONDS)
+    line.reader = KafkaReader(line.cluster, str(line.folder / "place"), line.chain.seq)
+    line.arrives(last)
 
 
 def batches_of(folder: Path) -> list[Batch]:

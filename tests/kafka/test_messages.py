@@ -96,6 +96,17 @@ def test_a_claim_of_an_older_incarnation_does_not_count() -> None:
     assert take(follower, OURS, batch(1, epoch=5)) == [1]
 
 
+def test_a_sender_without_a_claim_is_a_stranger_once() -> None:
+    """Its claim may stand before where the reader began: it is looked for, once."""
+    follower = Follower(0, OURS, 1)
+    assert take(follower, OURS, batch(1)) == [1] and not follower.stranger
+    assert take(follower, THEIRS, batch(2)) == [] and follower.stranger == THEIRS
+    follower.meet(THEIRS)
+    assert take(follower, THEIRS, batch(2)) == [] and not follower.stranger
+    assert follower.take(b"z" * 16, claim(0), "here") == [] and take(follower, b"z" * 16, batch(2)) == []
+    assert not follower.stranger, "its claim was met, and does not count"
+
+
 def test_garbage_is_damage_and_nothing_else() -> None:
     rng = random.Random(2)
     good = bytes(batch(1, 3).raw)

@@ -19,6 +19,7 @@ a claim of a higher epoch came before. So a relay that was fenced cannot be beli
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ RELAY_ID_BYTES = 16
 CLAIM_MAGIC = b"CDPR"
 _CLAIM = struct.Struct("<4sIQQIIQ16s")
 _CRC = struct.Struct("<I")
+# Relays that a reader remembers to have met; of one that it forgot, it looks for the claim once more.
+MAX_KNOWN = 64
 # Small batches that wait are sent together up to this size; Kafka is at its best with messages of some 100 kB.
 JOIN_BYTES = 900_000
 
@@ -96,18 +99,29 @@ class Follower:
         self.claim: Claim | None = None  # the newest that counts
         self.jumped_to = 0  # first seq behind what is missing; 0: nothing is
         self.jumped_bytes = 0  # passed over since
+        self.stranger = b""  # sent a message, and its claim was not met: it may stand before where the reader began
+        self._known = deque([holder], MAX_KNOWN)
 
     def take(self, key: bytes | None, value: bytes, where: str) -> list[Batch]:
         """The batches to hand on. Raises CorruptionError, ForkedError."""
         sender = bytes(key or b"")
         claim = decode_claim(value, where)
         if claim is not None:
+            self.meet(sender)
             if claim.epoch >= self.epoch:
                 self.holder, self.epoch, self.claim = sender, claim.epoch, claim
             return []
         if self.holder and sender != self.holder:
+            if sender not in self._known:
+                self.stranger = sender
             return []  # of a relay that has lost the topic
         return [found for found in split(value, where) if self._goes_on(found, where)]
+
+    def meet(self, sender: bytes) -> None:
+        """Whoever is known is no stranger: its claim was met, or looked for."""
+        self.stranger = b""
+        if sender not in self._known:
+            self._known.append(sender)
 
     def _goes_on(self, found: Batch, where: str) -> bool:
         if found.first_seq > self.seq + 1:

@@ -215,6 +215,8 @@ class KafkaReader:
             try:
                 for message in got:
                     self._take(message, topic_id)
+                    if self._follower.stranger:
+                        return self._look_back(consumer, topic_id)
             except HoleError:
                 if self._lost or self._looked_back_at == self._follower.seq:
                     raise
@@ -244,25 +246,25 @@ class KafkaReader:
         return found
 
     def _out_of_range(self, consumer: Any, topic_id: str) -> None:
-        """The broker lost what was read already, or the topic was made anew: the next connection goes on at its end,
-        where the relay says again what was lost."""
+        """The broker lost what was read already, or the topic was made anew: the next connection goes on before its
+        end, for the relay may have said again by now some of what was lost, or all of it."""
         partition = self._cluster.partition
         _, end = self._cluster.ends(consumer)
         if consumer.position(partition) <= end:
             return  # it lies before the beginning: records expired, which `_seek` says
         log.warning("the topic %s ends at offset %d, before the reader's place", self._cluster.topic, end)
-        f = self._follower
-        self._place = Place(topic_id, end, f.seq, f.holder, f.epoch)
+        self._look_back(consumer, topic_id)
 
     def _look_back(self, consumer: Any, topic_id: str) -> None:
         """To a claim from before what is missing. A broker that lost its tail may have other messages at this reader's
-        offset by now, and stand without a hole when it is read from there."""
+        offset by now, of a relay whose claim stands before it, and no hole when it is read from there."""
         f = self._follower
         self._looked_back_at = f.seq
         offset, holder, epoch = claim_before(self._cluster, consumer, f.seq)
         log.warning("the topic %s is read again from offset %d for seq %d", self._cluster.topic, offset, f.seq + 1)
         self._place = Place(topic_id, offset, f.seq, holder, epoch)
         f.claim, f.jumped_to, f.jumped_bytes = None, 0, 0
+        f.meet(f.stranger or holder)
 
     def _take(self, message: Any, topic_id: str) -> None:
         where = f"{self._cluster.topic} at offset {message.offset}"
