@@ -81,7 +81,7 @@ def test_outage_gets_the_tail_before_anything_else(tmp_path: Path, upstream: Qem
         assert qemu_io(runner, "write -P 1 0 2M", "write -P 2 1M 2M", "flush").returncode == 0
         load = subprocess.Popen(
             ["fio", "--name=x", "--ioengine=nbd", f"--uri={runner.uri()}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
-             "--size=1m", "--offset=8m", "--time_based", "--runtime=20"],
+             "--size=1m", "--offset=8m", "--time_based", "--runtime=20", "--thread"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         before = runner.figures()["journal"]["last_seq"]
@@ -93,7 +93,7 @@ def test_outage_gets_the_tail_before_anything_else(tmp_path: Path, upstream: Qem
         assert runner.figures()["volumes"]["db"]["reason"]["code"] == "primary_unreachable"
         with upstream.path.open("r+b") as f:  # what a power cut takes back
             f.write(bytes(2 * MIB))
-        load.kill()
+        load.kill()  # and with it its only job, which is a thread of it
         load.wait()
         upstream.start()
         runner.wait_for("back", lambda f: f["state"] == "protected")
