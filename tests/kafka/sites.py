@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.kafka.broker import START_SECONDS, Broker
+from tests.kafka.broker import START_SECONDS, Broker, java
 from tests.support.network import free_port
 from tests.support.running import Appliance, die_with_parent, wait_for
 
@@ -32,16 +32,15 @@ class SiteBroker(Broker):
         properties.write_text(properties.read_text().replace("127.0.0.1", host))
         self.address = f"{host}:{self.port}"
 
-    def _command(self, *arguments: str) -> list[str]:
-        return [*self._prefix, *super()._command(*arguments)]
-
-    def start(self) -> None:
-        """Returns when it takes connections."""
+    def launch(self) -> None:
+        command = java(self._machine, "kafka.Kafka", str(self.folder / "server.properties"))
         with open(self.folder / "log", "ab") as output:
             self._process = subprocess.Popen(
-                self._command("kafka.Kafka", str(self.folder / "server.properties")), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, preexec_fn=die_with_parent,
+                [*self._prefix, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                preexec_fn=die_with_parent,
             )  # fmt: skip
+
+    def wait_ready(self) -> None:
         wait_for(self._answers, f"a broker at {self.address}", START_SECONDS)
 
     def _answers(self) -> bool:
