@@ -124,6 +124,7 @@ def _collector(page: Page, group: str, figures: dict[str, Any]) -> None:
         "cdp_group_state", "1 for the group's state at the collector. Not protected: `cdp status` says why.",
         figures["state"], STATES, group=group,
     )  # fmt: skip
+    _reason(page, "cdp_group_reason", group, figures)
     page.gauge("cdp_group_epoch", "The collector's starts. If it grows by itself, see the log.", figures["epoch"],
                group=group)  # fmt: skip
     journal = figures["journal"]
@@ -164,6 +165,7 @@ def _volume(page: Page, group: str, name: str, volume: dict[str, Any]) -> None:
 def _relay(page: Page, group: str, figures: dict[str, Any]) -> None:
     text = "1 for the relay's state. waiting goes on by itself once the brokers are there; else see `cdp status`."
     page.states("cdp_relay_state", text, figures["state"], RELAY_STATES, group=group)
+    _reason(page, "cdp_relay_reason", group, figures)
     text = "Seq up to which Kafka has acknowledged. Behind cdp_journal_last_seq for long: see the brokers."
     page.gauge("cdp_relay_carried_seq", text, figures["carried_seq"], group=group)
     text = "Journal that is kept although Kafka has it (`keep_after_ack`): an acknowledgement is not a sync."
@@ -173,6 +175,7 @@ def _relay(page: Page, group: str, figures: dict[str, Any]) -> None:
 def _replayer(page: Page, group: str, figures: dict[str, Any]) -> None:
     text = "1 for the group's state at the replayer. Not protected: `cdp status` says why and what helps."
     page.states("cdp_replay_state", text, figures["state"], STATES, group=group)
+    _reason(page, "cdp_replay_reason", group, figures)
     text = "Newest seq in the replica. Standing still while cdp_journal_last_seq grows: replay is stuck or cut off."
     page.gauge("cdp_replay_applied_seq", text, figures["applied_seq"], group=group)
     text = "Seq up to which the replica is synced: where replay goes on after a crash."
@@ -191,6 +194,12 @@ def _replayer(page: Page, group: str, figures: dict[str, Any]) -> None:
     text = "Stretches of the window without points, those of rollbacks included. `cdp points` lists them."
     page.gauge("cdp_gaps", text, len(figures["gaps"]), group=group)
     page.gauge("cdp_history_bytes", "Undo log on disk, which makes the window.", figures["history_bytes"], group=group)
+
+
+def _reason(page: Page, name: str, group: str, figures: dict[str, Any]) -> None:
+    if (reason := figures["reason"]) is not None:
+        text = "1 for the code of what is not well; no sample: all is. `cdp status` says it in words, and what helps."
+        page.gauge(name, text, 1, group=group, code=reason["code"])
 
 
 def _time(point: dict[str, Any] | None) -> float | None:

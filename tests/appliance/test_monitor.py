@@ -191,6 +191,13 @@ def test_what_a_disaster_would_cost_counts_open_gaps(gaps: list[tuple[int, int |
     assert not any(name.startswith("cdp_window_newest") for name, _ in nothing)
 
 
+def test_the_reason_is_a_label_of_its_own() -> None:
+    """What stops a group can be alerted on by its code; while all is well there is no such sample."""
+    page = rendered(state="stopped", reason={"code": "place_expired", "text": "What it needs is gone."})
+    assert sample(page, "cdp_replay_reason", group="shop", code="place_expired") == 1
+    assert not any(name == "cdp_replay_reason" for name, _ in rendered())
+
+
 def at(seconds: int) -> dict[str, int]:
     return {"seq": seconds, "time_ns": seconds * SECOND}
 
