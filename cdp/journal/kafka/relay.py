@@ -16,6 +16,7 @@ from typing import Any
 
 from cdp import storage
 from cdp.errors import CdpError, FencedError, ForkedError, HoleError, StorageError
+from cdp.journal import consumers
 from cdp.journal.acknowledged import Acknowledged, Mouth
 from cdp.journal.batch import Batch
 from cdp.journal.kafka import topic
@@ -158,14 +159,16 @@ class Relay:
                 continue  # freed meanwhile
 
     def _beginning(self, found: Carried) -> Carried:
-        """In front of the first batch that the journal still has."""
+        """In front of the first batch that the journal keeps for the relay: older segments may go at any moment."""
         names = list_segments(self._folder)
         if not names:
             return found
-        path = f"{self._folder}/{segment_name(names[0])}"
+        needed = consumers.positions(self._folder).get(CONSUMER, 0) + 1
+        first = max((name for name in names if name <= needed), default=names[0])
+        path = f"{self._folder}/{segment_name(first)}"
         fd = storage.open_file(path, os.O_RDONLY)
         try:
-            header = read_header(fd, path, names[0])
+            header = read_header(fd, path, first)
         finally:
             storage.close(fd)
         return found._replace(seq=header.last_seq, crc=header.last_crc)
