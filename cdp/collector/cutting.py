@@ -10,7 +10,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cdp.collector.splitter import PIECE_BYTES, Splitter, _answer
+from cdp.collector.replies import reply
+from cdp.collector.splitter import PIECE_BYTES, Splitter
 from cdp.errors import StorageError
 from cdp.journal import batch
 from cdp.nbd import wire
@@ -105,7 +106,7 @@ class CuttingSplitter(Splitter):
                 self._primary.write(offset, data)
             except OSError:
                 group.refused(volume, offset, length, seq)
-            _answer(connection, cookie, failed)
+            reply(connection, cookie, failed)
             group.settle()
         group.flusher.kick()
 
@@ -115,4 +116,4 @@ def _is_large(request: Request) -> bool:
 
 
 def _fail(connection: Connection, cookie: bytes, error: OSError, _: OSError | None) -> None:
-    _answer(connection, cookie, error)
+    reply(connection, cookie, error)

@@ -68,6 +68,17 @@ class Flusher:
         replicated = self._group.replicated
         self._waiting.append((volume, answer if replicated is None else replicated.behind(answer)))
 
+    def behind_write(self, volume: Volume, answer: Answer) -> Answer:
+        """The answer of a FUA: once it is written it waits like a FLUSH that came then."""
+
+        def written(error: OSError | None) -> None:
+            if error is not None:
+                return answer(error)
+            self.wait_flush(volume, answer)
+            self.kick()
+
+        return written
+
     def kick(self) -> None:
         """Begins a round if somebody waits and none is under way."""
         if self._waiting and not self._left:

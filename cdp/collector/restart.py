@@ -19,11 +19,10 @@ from cdp.collector.primary import FilePrimary, NonePrimary, Primary
 from cdp.collector.primary_nbd import NbdPrimary
 from cdp.collector.refused import gap_open
 from cdp.collector.replicated import Replicated
-from cdp.collector.resync import INITIAL_SYNC
 from cdp.collector.rolling import note_rollback
 from cdp.collector.state import Checkpoint, GroupState, load_checkpoint, load_group, save
 from cdp.collector.tracking import due_behind
-from cdp.collector.volume import GroupSpec, Reason, Volume, VolumeSpec
+from cdp.collector.volume import INITIAL_SYNC, GroupSpec, Reason, Volume, VolumeSpec
 from cdp.errors import ConfigError, JournalFullError, StorageError
 from cdp.journal import batch, consumers
 from cdp.journal.batch import Identity

@@ -17,7 +17,7 @@ from cdp import storage
 from cdp.collector.refused import gap_open, sync_records
 from cdp.collector.sweep import Sweep
 from cdp.collector.tracking import TRACKING
-from cdp.collector.volume import Progress, Reason, Volume
+from cdp.collector.volume import INITIAL_SYNC, Progress, Reason, Volume
 from cdp.errors import StorageError
 from cdp.journal import batch
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INITIAL_SYNC, UNCLEAN_RESTART = "initial_sync", "unclean_restart"
+UNCLEAN_RESTART = "unclean_restart"
 # Passes over what the intent map names; the others are over all of a volume.
 BY_REGIONS = (UNCLEAN_RESTART, TRACKING)
 # A pass whose primary could not be read is tried again.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cdp import storage
 from cdp.collector.intent import NoIntent
 from cdp.collector.reads import ReadPool
+from cdp.collector.replies import reply
 from cdp.collector.tracking import JOURNAL_FULL
 from cdp.errors import JournalFullError, StorageError
 from cdp.journal import batch
@@ -244,7 +245,7 @@ class Splitter(Export):
                 group.refused(self._volume, offset, length, seq)
             else:
                 if command == wire.FLUSH or flags & wire.FUA:
-                    group.flusher.wait_flush(self._volume, partial(_answer, connection, cookie))
+                    group.flusher.wait_flush(self._volume, partial(reply, connection, cookie))
                 else:
                     answered.append(cookie)
             seq += _records(request)
@@ -261,7 +262,7 @@ class Splitter(Export):
         for request in writes:
             command, flags, cookie, offset, length, data = request
             if command == wire.FLUSH:
-                group.flusher.wait_flush(volume, partial(_answer, connection, cookie))
+                group.flusher.wait_flush(volume, partial(reply, connection, cookie))
             else:
                 upstream.write(
                     batch_seq, seq, offset, length, None if data is None else bytes(data),
@@ -271,17 +272,8 @@ class Splitter(Export):
         group.flusher.kick()
 
     def _answer_of(self, connection: Connection, cookie: bytes, flags: int) -> Callable[[OSError | None], None]:
-        answer = partial(_answer, connection, cookie)
-        if not flags & wire.FUA:
-            return answer
-
-        def durable(error: OSError | None) -> None:
-            if error is not None:
-                return answer(error)
-            self._group.flusher.wait_flush(self._volume, answer)
-            self._group.flusher.kick()
-
-        return durable
+        answer = partial(reply, connection, cookie)
+        return self._group.flusher.behind_write(self._volume, answer) if flags & wire.FUA else answer
 
     def _refuse(self, connection: Connection, writes: list[Request], number: int) -> None:
         """Nothing was journaled: where that is being tracked it goes on, else changes fail, and a FLUSH has only what
@@ -292,7 +284,7 @@ class Splitter(Export):
             if command in _CHANGES or self._group.journal_dead:
                 connection.fail(cookie, number)
             else:
-                self._group.flusher.wait_flush(self._volume, partial(_answer, connection, cookie))
+                self._group.flusher.wait_flush(self._volume, partial(reply, connection, cookie))
         self._group.flusher.kick()
 
     def _block_status(self, connection: Connection, flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -302,13 +294,6 @@ class Splitter(Export):
             if flags & wire.REQ_ONE:
                 break
         connection.extents(cookie, wire.BASE_ALLOCATION, found)
-
-
-def _answer(connection: Connection, cookie: bytes, error: OSError | None) -> None:
-    if error is None:
-        connection.done(cookie)
-    else:
-        connection.fail(cookie, error.errno or errno.EIO)
 
 
 def _records(request: Request) -> int:

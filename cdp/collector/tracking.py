@@ -11,11 +11,9 @@ The note is 512 bytes: magic 4s b"CDPT", version u32, noted u32, reserved u32, l
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import struct
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,11 +21,13 @@ from crc32c import crc32c
 
 from cdp import storage
 from cdp.collector.refused import gap_open
-from cdp.collector.volume import Reason, Volume
+from cdp.collector.replies import reply
+from cdp.collector.volume import INITIAL_SYNC, Reason, Volume
 from cdp.errors import CorruptionError
 from cdp.nbd import wire
 
 if TYPE_CHECKING:
+    from cdp.collector.flusher import Answer
     from cdp.collector.group import Group, NewRecord
     from cdp.nbd.connection import Connection
     from cdp.nbd.contract import Request
@@ -72,6 +72,15 @@ class Tracking:
         storage.pwrite(self._fd, (head + _CRC.pack(crc32c(head))).ljust(NOTE_BYTES, b"\0"), 0)
         storage.fdatasync(self._fd)
 
+    def _note(self, noted: int, failing: str) -> bool:
+        """Whether it could be written; else `failing` is said."""
+        try:
+            self._write(noted)
+        except OSError as e:
+            self._group.said.add("note", logging.ERROR, failing, self._group.name, e)
+            return False
+        return True
+
     def begin(self, code: str) -> None:
         """The group stopped for this reason: if it is one of the journal's, production goes on. Blocks for one sync.
 
@@ -79,11 +88,8 @@ class Tracking:
         """
         if self.on or code not in (JOURNAL_FULL, JOURNAL_FAILED) or self._group.replicated is not None:
             return
-        try:
-            self._write(1)
-        except OSError as e:
-            text = "group %s: writes are refused: that they are not journaled cannot be noted: %s"
-            return self._group.said.add("note", logging.ERROR, text, self._group.name, e)
+        if not self._note(1, "group %s: writes are refused: that they are not journaled cannot be noted: %s"):
+            return
         self.on = self.noted = True
         self._ended_seq = 0
         text = "group %s is tracking: writes go to the primaries alone until the journal takes them"
@@ -98,14 +104,14 @@ class Tracking:
         """One request after the other onto the primary alone. Their regions are set in the intent map."""
         group, flusher = self._group, self._group.flusher
         for command, flags, cookie, offset, length, data in writes:
-            answer = partial(_answer, connection, cookie)
+            answer: Answer = partial(reply, connection, cookie)
             if command == wire.FLUSH:
                 flusher.wait(volume, answer)
                 continue
             self._written[volume] = None
             volume.dirty = True
             if flags & wire.FUA:
-                answer = partial(self._flush_after, volume, answer)
+                answer = flusher.behind_write(volume, answer)
             if volume.upstream is not None:
                 payload = None if data is None else bytes(data)
                 volume.upstream.write_untracked(offset, length, payload, not flags & wire.NO_HOLE, answer)
@@ -116,17 +122,11 @@ class Tracking:
                 else:
                     volume.primary.zero(offset, length, not flags & wire.NO_HOLE)
             except OSError as e:
-                connection.fail(cookie, e.errno or errno.EIO)
+                answer(e)
             else:
                 answer(None)
         group.active = True
         flusher.kick()
-
-    def _flush_after(self, volume: Volume, answer: Callable[[OSError | None], None], error: OSError | None) -> None:
-        if error is not None:
-            return answer(error)
-        self._group.flusher.wait(volume, answer)
-        self._group.flusher.kick()
 
     # --- and back
 
@@ -157,18 +157,14 @@ class Tracking:
         """Primaries and journal are synced up to `seq`. Blocks for one sync, once behind each tracking."""
         if not self.noted or self.on or not self._ended_seq or seq < self._ended_seq:
             return
-        try:
-            self._write(0)
-        except OSError as e:
-            text = "group %s: the note of its tracking cannot be taken back: %s"
-            return self._group.said.add("note", logging.ERROR, text, self._group.name, e)
-        self.noted = False
+        if self._note(0, "group %s: the note of its tracking cannot be taken back: %s"):
+            self.noted = False
 
 
 def due_behind(volume: Volume) -> Reason | None:
     """The comparison that is due behind a time without the journal: of what the intent map names, unless one of the
     whole volume is due anyway. An initial sync passes over holes, and by now there may be some where data was."""
-    if not volume.primary.readable or (volume.sync is not None and volume.sync["code"] != "initial_sync"):
+    if not volume.primary.readable or (volume.sync is not None and volume.sync["code"] != INITIAL_SYNC):
         return volume.sync
     text = f"The journal took nothing for a while; what {volume.name} was written meanwhile is read from its primary."
     return {"code": TRACKING if volume.sync is None else "resync", "text": text}
@@ -183,10 +179,3 @@ def _decode(raw: bytes, path: str) -> bool:
             "Remove the file and run `cdp resync` of every volume of the group.",
         )
     return bool(noted)
-
-
-def _answer(connection: Connection, cookie: bytes, error: OSError | None) -> None:
-    if error is None:
-        connection.done(cookie)
-    else:
-        connection.fail(cookie, error.errno or errno.EIO)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Reason = dict[str, str]  # {"code", "text"}
 # Codes of reasons: an upstream that is away, a primary that could not be synced.
 UNREACHABLE, SYNC_FAILED = "primary_unreachable", "sync_failed"
+# Of the first pass over a volume that held data, which passes over holes.
+INITIAL_SYNC = "initial_sync"
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +97,7 @@ class Volume:
         if self.lock is not None:
             return "rolling_back"
         if self.sync is not None:
-            return "syncing" if self.sync["code"] == "initial_sync" else "resyncing"
+            return "syncing" if self.sync["code"] == INITIAL_SYNC else "resyncing"
         return "protected"
 
     @property
